@@ -1,4 +1,7 @@
-"""Command line of the experiments: python -m experiments NAME [--config FILE] [key=value ...] [options]."""
+"""Command line of the experiments: python -m experiments NAME [--config FILE] [key=value ...] [options].
+
+`python -m experiments reproduce E1 ...` is read by `experiments.reproduce`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config as configuration
+from experiments import reproduce
 from experiments.data import ENVIRONMENT, DataError
 from experiments.report import check_run_dir, latest_run_dir, new_run_dir, versions, write_json
 from torch_bilevel.errors import BilevelError, ConfigError, nearest
@@ -20,7 +24,7 @@ EXPERIMENTS = ("hyper_cleaning", "minimax", "rates", "saddle", "single_loop", "s
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description="Run a published experiment.")
-    parser.add_argument("experiment", help=f"one of: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("experiment", help=f"one of: {', '.join(EXPERIMENTS)}; or reproduce")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the configuration")
     parser.add_argument("--config", metavar="FILE", help="YAML file, see configs/")
     parser.add_argument(
@@ -65,6 +69,9 @@ def _prepare(args: argparse.Namespace, module: Any) -> tuple[Any, Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 wrong arguments or missing data, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["reproduce"]:
+        return reproduce.main(argv[1:])
     args = _parser().parse_intermixed_args(argv)
     if args.resume and "=" in args.resume and not Path(args.resume).exists():
         # `--resume max_steps=9`: no directory was given
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.experiment not in EXPERIMENTS:
             raise ConfigError(
-                f"unknown experiment {args.experiment!r}; {nearest(args.experiment, EXPERIMENTS)}"
+                f"unknown experiment {args.experiment!r}; {nearest(args.experiment, (*EXPERIMENTS, 'reproduce'))}"
             )
         module = importlib.import_module(f"experiments.{args.experiment}")
         config, run_dir = _prepare(args, module)
