@@ -10,7 +10,7 @@ import torch
 import torch_bilevel as tb
 from tests.problems import hyper_cleaning, nonconvex, quadratic
 from torch_bilevel.methods.lbfgs import inverse_product
-from torch_bilevel.methods.line_search import Trial, _cubic_minimum, backtracking, strong_wolfe
+from torch_bilevel.methods.line_search import Trial, _cubic_minimum, strong_wolfe
 
 
 def randn(seed, *shape):
@@ -107,10 +107,17 @@ def test_cubic_minimum_is_exact_on_a_cubic():
     assert math.isnan(_cubic_minimum(at(0.0), Trial(1.0, math.inf, math.nan)))
 
 
-def test_backtracking_halves_to_the_first_sufficient_decrease():
-    found = backtracking(lambda a: Trial(a, (a - 1) ** 2, -2 * a), 1.0, 16.0, 0.0)
-    assert found.length == 1.0
-    assert backtracking(lambda a: Trial(a, a, a), 0.0, 1.0, 0.0) is None
+def test_along_a_projected_path_the_decrease_is_asked_of_what_moved():
+    """x(a) = min(a d, 1e-3) in a steep component, a in the other: phi'(0) = -1001, all but 1 of it used up at once."""
+
+    def trial(a):
+        moved = min(a, 1e-6), a
+        slope = -1000.0 * (a <= 1e-6) + 2 * (a - 0.5)
+        return Trial(a, -1000 * moved[0] + (a - 0.5) ** 2, slope, predicted=-1000 * moved[0] - moved[1])
+
+    assert strong_wolfe(trial, 0.25, -1001.0, 0.5, 0.0).length == 0.5
+    away = strong_wolfe(lambda a: Trial(a, -a, -1.0, predicted=1.0), 0.0, -1.0, 1.0, 0.0)
+    assert away is None  # the path as projected does not descend
 
 
 # -- the method ----------------------------------------------------------------------------------------------
@@ -160,6 +167,19 @@ def test_bounds_end_at_the_constrained_minimum():
         x = (x - (g + H @ x) / torch.linalg.eigvalsh(H)[-1]).clamp(lo).minimum(hi)
     assert torch.allclose(result.x, x, atol=1e-7)
     assert bool(((x == lo) | (x == hi)).any()) and bool(((x > lo) & (x < hi)).any())
+
+
+def test_with_bounds_steps_lengthen_where_the_function_is_flat_and_concave():
+    """phi = -exp(-(x - 8)^2 / 8): near 0 it is concave with slope 7e-4, so no pair is kept and lengths must grow."""
+    one = torch.ones(1, dtype=torch.float64)
+    for bounds in (None, (-20.0, 20.0), (-20.0, 7.0)):
+        problem = tb.BilevelProblem.from_functions(
+            lambda x, y: -torch.exp(-((y - 8) ** 2) / 8).sum(), lambda x, y: ((y - x) ** 2).sum() / 2, 0 * one, 0 * one
+        )
+        result = tb.minimize(problem, "lbfgs", bounds=bounds, max_steps=30)
+        assert result.status is tb.Status.GRADIENT_TOLERANCE
+        assert float(result.x) == pytest.approx(7.0 if bounds == (-20.0, 7.0) else 8.0, abs=1e-5)
+        assert result.counts.evaluations <= 25
 
 
 def test_a_wall_of_failures_stalls_instead_of_raising():

@@ -14,7 +14,7 @@ from ..oracles.inexact import at_least, positive
 from ..problem import BilevelProblem
 from ..results import StepReport
 from .base import Method, Run
-from .line_search import Trial, backtracking, strong_wolfe
+from .line_search import Trial, strong_wolfe
 from .registry import register
 from .second_order import oracle_options
 
@@ -76,25 +76,22 @@ class LBFGSRun(Run):
         first = self.method.lr * self.scale
         if not self.pairs:
             first *= min(1.0, 1.0 / float(direction.abs().sum()))
-        if self.box is None:
-            return strong_wolfe(lambda a: self._try(self.x + a * direction, a, direction), value, slope, first, noise)
+        return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
 
-        def projected(a: float) -> Trial:
-            x_new = self.box.project(self.x + a * direction)
-            decrease = float(torch.dot(ev.gradient, x_new - self.x))
-            if not decrease < 0:
-                return Trial(a, float("inf"), decrease)
-            new = self._try(x_new, a, direction)
-            return Trial(a, new.value, decrease, new.found)
-
-        return backtracking(projected, value, first, noise)
-
-    def _try(self, x_new: Tensor, length: float, direction: Tensor) -> Trial:
+    def _try(self, ev: Evaluation, length: float, direction: Tensor) -> Trial:
+        """The trial at P(x + length d); a component held by a bound there no longer counts in the slope."""
+        x_new, predicted = self.x + length * direction, None
+        if self.box is not None:
+            line, x_new = x_new, self.box.project(x_new)
+            direction = torch.where(line == x_new, direction, 0.0)
+            predicted = float(torch.dot(ev.gradient, x_new - self.x))
+            if not predicted < 0:
+                return Trial(length, float("inf"), float("nan"))
         try:
             new = self.oracle.evaluate(x_new)
         except (NonFiniteError, NotStronglyConvexError, SolverError):
             return Trial(length, float("inf"), float("nan"))
-        return Trial(length, float(new.value), float(torch.dot(new.gradient, direction)), new)
+        return Trial(length, float(new.value), float(torch.dot(new.gradient, direction)), new, predicted)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "pairs": [list(pair) for pair in self.pairs]}
@@ -130,7 +127,7 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, **oracle: Any) -> LimitedMemoryB
     """L-BFGS with a strong-Wolfe line search on exact hypergradients: the strong yardstick of practice.
 
     d = -H g by the two-loop recursion over the last ``memory`` pairs (s, y) with s'y > 0, then a length that
-    meets the strong Wolfe conditions. With bounds: the direction on the free variables, and backtracking
+    meets the strong Wolfe conditions. With bounds: the direction on the free variables, and the same search
     along the projected path. A search that fails is repeated along the gradient; if that fails too the run is
     stalled.
 

@@ -1,4 +1,4 @@
-"""Line searches along a descent direction: strong Wolfe, and backtracking."""
+"""Line search to a strong Wolfe point, along a line or along its projection onto bounds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ MAX_TRIALS = 25
 
 @dataclass(frozen=True)
 class Trial:
-    """phi(length) with its slope; ``found`` is what the caller wants back. A failed evaluation has value inf."""
+    """phi(length) with its slope; ``found`` is what the caller wants back. A failed evaluation has value inf.
+
+    ``predicted`` is the change to first order; None for that along a line, length times the slope at 0.
+    """
 
     length: float
     value: float
     slope: float
     found: Any = None
+    predicted: float | None = None
 
 
 def strong_wolfe(
     trial: Callable[[float], Trial], value: float, slope: float, first: float, noise: float
 ) -> Trial | None:
     """A length a > 0 with phi(a) <= phi(0) + 1e-4 a phi'(0) and |phi'(a)| <= 0.9 |phi'(0)|.
+
+    Along a projected path x(a) = P(x + a d) the decrease is asked of g'(x(a) - x) in place of a phi'(0), as trials
+    say by ``predicted``, and phi'(a) is the slope of what still moves.
 
     Args:
         trial: evaluates a length. value, slope: phi(0), phi'(0) < 0. first: the first length tried.
@@ -36,7 +43,8 @@ def strong_wolfe(
     """
 
     def decreases(t: Trial) -> bool:
-        return t.value <= value + SUFFICIENT * t.length * slope + noise
+        predicted = t.length * slope if t.predicted is None else t.predicted
+        return predicted < 0 and t.value <= value + SUFFICIENT * predicted + noise
 
     low, high, length = Trial(0.0, value, slope), None, first
     for _ in range(MAX_TRIALS):
@@ -59,20 +67,6 @@ def strong_wolfe(
         if not (right - left > 1e-14 * right and (right - left) * abs(slope) > 0.01 * noise):
             break  # nothing left to tell apart
     return low if low.length > 0.0 else None
-
-
-def backtracking(trial: Callable[[float], Trial], value: float, first: float, noise: float) -> Trial | None:
-    """The first of first, first/2, ... with phi(a) <= phi(0) + 1e-4 g'(x(a) - x), for a projected path.
-
-    ``trial`` gives g'(x(a) - x) as the slope; lengths where it is not negative do not descend.
-    """
-    length = first
-    for _ in range(MAX_TRIALS):
-        new = trial(length)
-        if new.slope < 0 and new.value <= value + SUFFICIENT * new.slope + noise:
-            return new
-        length *= 0.5
-    return None
 
 
 def _cubic_minimum(a: Trial, b: Trial) -> float:
