@@ -137,7 +137,8 @@ class CubicNewtonRun(Run):
         self._idle = 0 if lagging or (accepted and self._progressed()) else self._idle + 1
         return self.report(
             step_norm=length, accepted=accepted, cubic_reg=cubic_reg, refreshed=refreshed,
-            predicted_decrease=predicted, ratio=trial.ratio, stalled=self._idle >= PATIENCE,
+            predicted_decrease=predicted, ratio=trial.ratio,
+            stalled=method.regularisation.adaptive and self._idle >= PATIENCE,  # a constant M goes up and down as it may
         )  # fmt: skip
 
     def _progressed(self) -> bool:
@@ -216,7 +217,8 @@ class CubicNewtonRun(Run):
     def _propose(self, ev: Evaluation, cubic_reg: float) -> tuple[CubicStep, Tensor, float, float]:
         """(cubic step, new point, predicted decrease, quadratic change) with bounds and scale applied."""
         model, box, g = self.model, self.box, ev.gradient
-        if box is None:
+        adaptive = self.method.regularisation.adaptive
+        if box is None or not adaptive:  # as published: the step of all variables, then projected
             step = model.solve(g, cubic_reg)
             s = step.step
         else:
@@ -228,8 +230,10 @@ class CubicNewtonRun(Run):
         if box is None and self.scale == 1.0:
             return step, self.x + s, float(step.predicted_decrease), float(step.quadratic_change)
         s = self.scale * s
+        if box is not None and not adaptive:
+            s = box.project(self.x + s) - self.x
         quadratic, predicted = self._model_values(g, s, cubic_reg)
-        if box is not None and not predicted > 0:
+        if box is not None and adaptive and not predicted > 0:
             s = cauchy_step(model, box, self.x, g, cubic_reg)
             quadratic, predicted = self._model_values(g, s, cubic_reg)
         x_new = self.x + s if box is None else box.project(self.x + s)
