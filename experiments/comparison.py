@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,37 +36,47 @@ def split_options(methods: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, 
 
 
 def follow(
-    problem: tb.BilevelProblem, method: str, options: Mapping[str, Any], measure: Callable[[Tensor], dict[str, float]],
-    *, max_steps: int, max_calls: int, gradient_tol: float, seed: int, max_seconds: float | None = None,
-    every: int = 1,
+    problem: tb.BilevelProblem, method: str, options: Mapping[str, Any], measure: Callable[..., dict[str, float]],
+    *, max_steps: int, gradient_tol: float, seed: int, max_calls: float = math.inf, max_seconds: float | None = None,
+    every: int = 1, growth: float = 1.0, bounds: tuple[float, float] | None = None, learner: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One run by `minimize`, with `measure(x)` (its time and calls not counted) at the start and every `every` steps.
+
+    With `growth` above 1 the next record is at `growth` times the step of the last one, if that is later. With
+    `learner`, `measure(x, y)` is also given the learner (dy,) as the method holds it, and the answer has the last
+    "x" (dx,) and "y". `bounds`: of `minimize`.
 
     Returns:
         {"status", "records", "counts", "seconds"}; a record has step, oracle_calls, seconds, hessians and the measures.
         A run that fails (diverges) ends with status "failed" or "non_finite" and its records so far.
     """
     records: list[dict[str, Any]] = []
+    following = 0  # step of the next record
+
+    def note(report: tb.StepReport, x: Tensor, y: Tensor) -> None:
+        measured = measure(x, y) if learner else measure(x)
+        records.append({"step": report.step, "oracle_calls": report.counts.oracle_calls, "seconds": report.seconds,
+                        "hessians": report.counts.hessians, **measured})  # fmt: skip
 
     def watch(report: tb.StepReport, x: Tensor, y: Tensor) -> bool:
-        calls = report.counts.oracle_calls
-        stop = calls >= max_calls
-        if report.step % every == 0 or stop:
-            records.append({"step": report.step, "oracle_calls": calls, "seconds": report.seconds,
-                            "hessians": report.counts.hessians, **measure(x)})  # fmt: skip
+        nonlocal following
+        stop = report.counts.oracle_calls >= max_calls
+        if report.step >= following or stop:
+            following = max(report.step + every, math.ceil(report.step * growth))
+            note(report, x, y)
         return not stop
 
     try:
         result = tb.minimize(problem, make_method(method, dict(options)), max_steps=max_steps, callback=watch, seed=seed,
-                             gradient_tol=gradient_tol, max_seconds=max_seconds)  # fmt: skip
+                             gradient_tol=gradient_tol, max_seconds=max_seconds, bounds=bounds)  # fmt: skip
     except tb.BilevelError as error:
         result = error.result
     last = result.history[-1] if result.history else None
     if last is not None and (not records or records[-1]["step"] != last.step):
-        records.append({"step": last.step, "oracle_calls": last.counts.oracle_calls, "seconds": last.seconds,
-                        "hessians": last.counts.hessians, **measure(result.x)})  # fmt: skip
-    return {"status": result.status.name.lower(), "records": records, "counts": result.counts.as_dict(),
-            "seconds": result.seconds}  # fmt: skip
+        note(last, result.x, result.y)
+    answer = {"status": result.status.name.lower(), "records": records, "counts": result.counts.as_dict(),
+              "seconds": result.seconds}  # fmt: skip
+    return {**answer, "x": result.x, "y": result.y} if learner else answer
 
 
 def cached(run_dir: Path, name: str, make: Callable[[], dict[str, Any]], resume: bool) -> dict[str, Any]:
