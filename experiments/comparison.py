@@ -39,12 +39,14 @@ def follow(
     problem: tb.BilevelProblem, method: str, options: Mapping[str, Any], measure: Callable[..., dict[str, float]],
     *, max_steps: int, gradient_tol: float, seed: int, max_calls: float = math.inf, max_seconds: float | None = None,
     every: int = 1, growth: float = 1.0, bounds: tuple[float, float] | None = None, learner: bool = False,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One run by `minimize`, with `measure(x)` (its time and calls not counted) at the start and every `every` steps.
 
     With `growth` above 1 the next record is at `growth` times the step of the last one, if that is later. With
     `learner`, `measure(x, y)` is also given the learner (dy,) as the method holds it, and the answer has the last
-    "x" (dx,) and "y". `bounds`: of `minimize`.
+    "x" (dx,) and "y". `bounds`: of `minimize`. With `clock` (time.process_time), seconds and `max_seconds` are its own: processor
+    time of a single thread does not depend on what else the machine is doing.
 
     Returns:
         {"status", "records", "counts", "seconds"}; a record has step, oracle_calls, seconds, hessians and the measures.
@@ -52,15 +54,24 @@ def follow(
     """
     records: list[dict[str, Any]] = []
     following = 0  # step of the next record
+    started, measuring = clock() if clock else 0.0, 0.0
+
+    def seconds_of(report: tb.StepReport) -> float:
+        return clock() - started - measuring if clock else report.seconds
 
     def note(report: tb.StepReport, x: Tensor, y: Tensor) -> None:
+        nonlocal measuring
+        seconds = seconds_of(report)
         measured = measure(x, y) if learner else measure(x)
-        records.append({"step": report.step, "oracle_calls": report.counts.oracle_calls, "seconds": report.seconds,
+        if clock:
+            measuring = clock() - started - seconds
+        records.append({"step": report.step, "oracle_calls": report.counts.oracle_calls, "seconds": seconds,
                         "hessians": report.counts.hessians, **measured})  # fmt: skip
 
     def watch(report: tb.StepReport, x: Tensor, y: Tensor) -> bool:
         nonlocal following
-        stop = report.counts.oracle_calls >= max_calls
+        late = clock is not None and max_seconds is not None and seconds_of(report) >= max_seconds
+        stop = late or report.counts.oracle_calls >= max_calls
         if report.step >= following or stop:
             following = max(report.step + every, math.ceil(report.step * growth))
             note(report, x, y)
@@ -68,14 +79,14 @@ def follow(
 
     try:
         result = tb.minimize(problem, make_method(method, dict(options)), max_steps=max_steps, callback=watch, seed=seed,
-                             gradient_tol=gradient_tol, max_seconds=max_seconds, bounds=bounds)  # fmt: skip
+                             gradient_tol=gradient_tol, max_seconds=None if clock else max_seconds, bounds=bounds)  # fmt: skip
     except tb.BilevelError as error:
         result = error.result
     last = result.history[-1] if result.history else None
     if last is not None and (not records or records[-1]["step"] != last.step):
         note(last, result.x, result.y)
     answer = {"status": result.status.name.lower(), "records": records, "counts": result.counts.as_dict(),
-              "seconds": result.seconds}  # fmt: skip
+              "seconds": records[-1]["seconds"] if clock and records else result.seconds}  # fmt: skip
     return {**answer, "x": result.x, "y": result.y} if learner else answer
 
 

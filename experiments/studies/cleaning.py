@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def run_one(
     data: Mapping[str, Any], seed: int, method: str, options: Mapping[str, Any], max_seconds: float, max_steps: int,
     finish: bool = True, data_dir: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One method on one problem, for `max_seconds` of its own time or `max_steps`.
+    """One method on one problem, for `max_seconds` of its own processor time (one thread) or `max_steps`.
 
     Args:
         data: keys of `hyper_cleaning.Config` that describe the problem. options: of the method.
@@ -91,7 +92,7 @@ def run_one(
 
     followed = comparison.follow(
         task.problem, method, options, measure, max_steps=max_steps, gradient_tol=1e-7, seed=seed, growth=1.15,
-        max_seconds=max_seconds, bounds=task.bounds, learner=True,
+        max_seconds=max_seconds, bounds=task.bounds, learner=True, clock=time.process_time,
     )  # fmt: skip
     x, y = followed.pop("x"), followed.pop("y")
     detection = detect_clean(task.sample_weights(x), task.corrupted)
