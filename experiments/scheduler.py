@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -71,6 +72,16 @@ def call(task: Task, data_dir: str | None) -> dict[str, Any]:
             "machine": machine_kind(), "revision": versions()["revision"]}  # fmt: skip
 
 
+def _end_with_parent() -> None:
+    """In a worker: end when the parent is gone, however it ended; otherwise the worker would wait for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def kept(folder: Path, task: Task) -> dict[str, Any] | None:
     """The record in folder/key.json if it is of the same function and arguments."""
     path = folder / f"{task.key}.json"
@@ -125,7 +136,8 @@ def _parallel(
         return
     waiting, running = list(todo), {}
     with _one_thread():
-        pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_end_with_parent)
         try:
             while waiting or running:
                 while len(running) < jobs:

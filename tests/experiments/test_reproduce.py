@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -17,8 +20,9 @@ from experiments.scheduler import WorkerError, available_gb, run_tasks
 from experiments.studies import STUDIES, Study, Task, load_study
 from torch_bilevel.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 TOY = """
-import os, pathlib, torch
+import os, pathlib, time, torch
 from torch_bilevel.errors import SolverError
 
 def square(number, log, seed, data_dir):
@@ -28,6 +32,11 @@ def square(number, log, seed, data_dir):
         raise SolverError(f"no root of {number}")
     return {"square": number**2, "threads": torch.get_num_threads(), "omp": os.environ["OMP_NUM_THREADS"],
             "data": data_dir, "records": list(range(number)), "process": os.getpid()}
+
+def sleep(log, data_dir):
+    pathlib.Path(log + ".new").write_text(str(os.getpid()))
+    os.replace(log + ".new", log)
+    time.sleep(120)
 
 def die(data_dir):
     os._exit(9)
@@ -126,6 +135,45 @@ def test_memory_and_jobs_limit_what_runs_at_a_time(
     assert list(records) == [task.key for task in tasks]
     assert pool.most == most
     assert pool.most_memory <= max(memory, 3.0)
+
+
+def test_killed_command_goes_on_where_it_stopped_and_leaves_no_worker(toy, tmp_path: Path) -> None:
+    task, calls = toy
+    script = f"""
+import sys
+sys.path[:0] = {[str(tmp_path), str(ROOT)]!r}
+from pathlib import Path
+from experiments.scheduler import run_tasks
+from experiments.studies import Task
+
+if __name__ == "__main__":
+    tasks = [Task("n2", "toy_study:square", {task(2).arguments!r}), Task("s", "toy_study:sleep", {{"log": {str(tmp_path / "pid")!r}}})]
+    run_tasks(tasks, Path({str(tmp_path / "kept")!r}), jobs=1)
+"""
+    (tmp_path / "command.py").write_text(script)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "command.py")])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = int((tmp_path / "pid").read_text())
+    process.kill()
+    process.wait()
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(worker)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["n2.json"]
+    assert run_tasks([task(2)], tmp_path / "kept", jobs=1)["n2"]["result"]["square"] == 4
+    assert calls() == [2]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended but was not waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_mistake_keeps_what_was_finished(toy, pool: FakePool, tmp_path: Path) -> None:
