@@ -81,11 +81,13 @@ def follow(
         result = tb.minimize(problem, make_method(method, dict(options)), max_steps=max_steps, callback=watch, seed=seed,
                              gradient_tol=gradient_tol, max_seconds=None if clock else max_seconds, bounds=bounds)  # fmt: skip
     except tb.BilevelError as error:
+        if not isinstance(error.result, tb.Result):
+            raise  # it did not start
         result = error.result
     last = result.history[-1] if result.history else None
     if last is not None and (not records or records[-1]["step"] != last.step):
         note(last, result.x, result.y)
-    answer = {"status": result.status.name.lower(), "records": records, "counts": result.counts.as_dict(),
+    answer = {"status": result.status.name.lower(), "message": result.message, "records": records, "counts": result.counts.as_dict(),
               "seconds": records[-1]["seconds"] if clock and records else result.seconds}  # fmt: skip
     return {**answer, "x": result.x, "y": result.y} if learner else answer
 

@@ -138,7 +138,9 @@ def sensitivity(quick: bool, _: Results) -> list[Task]:
 
 
 def report(results: Results, figures_dir: Path, quick: bool) -> str:
-    return ""
+    from experiments.studies import e1_report  # which needs matplotlib, and this module
+
+    return e1_report.report(results, figures_dir, quick)
 
 
 STUDY = Study("E1", "Hyper-cleaning of breast-cancer and australian", (tuning, runs, sensitivity, longer), report, needs=DATASETS)
