@@ -75,7 +75,7 @@ def median_curve(runs: Sequence[Record], key: str, axis: str, points: int = 60, 
         return []
     ends = [max(run["records"][-1][axis], 1e-9) for run in runs]
     first = max(low or 0.0, min(max(run["records"][0][axis], 1e-9) for run in runs))
-    grid = [first * (1.0001 * max(ends) / first) ** (k / (points - 1)) for k in range(points)]
+    grid = [first * (max(ends) / first) ** (k / (points - 1)) for k in range(points - 1)] + [max(ends)]
     found = []
     for limit in grid:
         values = [value_at(run, key, axis, limit) for run in runs]

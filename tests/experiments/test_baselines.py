@@ -11,7 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_fscore_support
 from torch.nn.functional import cross_entropy
 
-from experiments.baselines import detect_clean, evaluate, sgd_start, train_softmax, zero_linear
+from experiments.baselines import detect_clean, evaluate, newton_softmax, sgd_start, train_softmax, zero_linear
+from torch_bilevel.errors import SolverError
 
 
 @pytest.fixture
@@ -34,6 +35,20 @@ def test_weighted_softmax_is_scikit_learns(samples: tuple) -> None:
     assert trained.converged
     assert trained.gradient_norm <= 1e-6
     np.testing.assert_allclose(ours, peer.coef_, atol=5e-5)  # 1e-6 / mu, mu = 2 reg
+
+
+def test_newton_finds_the_same_learner_and_says_when_it_does_not(samples: tuple) -> None:
+    inputs, labels, weights = samples
+    for c in (None, weights):
+        slow = train_softmax(inputs, labels, 3, 0.01, c, tolerance=1e-9).learner
+        fast = newton_softmax(inputs, labels, 3, 0.01, c)
+        assert torch.allclose(fast.weight, slow.weight, atol=1e-7)
+        assert torch.allclose(fast.bias, slow.bias, atol=1e-7)
+    start = torch.cat([fast.weight, fast.bias[:, None]], 1).detach()
+    again = newton_softmax(inputs, labels, 3, 0.01, weights, start=start, max_iter=1)
+    assert torch.equal(again.weight, fast.weight)
+    with pytest.raises(SolverError, match="gradient norm"):
+        newton_softmax(inputs, labels, 3, 0.01, weights, max_iter=2)
 
 
 def test_gradient_norm_is_the_true_one_and_a_stop_is_not_called_converged(samples: tuple) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import torch_bilevel as tb
 from torch_bilevel.bounds import Box
 from torch_bilevel.linalg import FunctionOperator
 from torch_bilevel.methods.model import HessianModel
@@ -83,3 +84,26 @@ def test_held_variables_stay():
     g = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)  # the first and third are pressed against 0
     _, s = projected_step(make(H, "dense"), Box((0.0, 1.0), x), x, g, M)
     assert float(s[0]) == 0.0 == float(s[2])
+
+
+def test_a_constant_coefficient_projects_the_whole_step_and_goes_on():
+    """As published: x+ = P(x + s) with s the step of all variables; no test of it, and no end while it moves."""
+    H, g = draw(0, True)
+    box = (-0.2, 0.3)
+
+    def upper(x: Tensor, y: Tensor) -> Tensor:
+        return g @ y + y @ H @ y / 2
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return ((y - x) ** 2).sum() / 2
+
+    zero = torch.zeros(N, dtype=torch.float64)
+    problem = tb.BilevelProblem.from_functions(upper, lower, zero, zero)
+    free = make(H, "dense").solve(g, M).step
+    result = tb.minimize(problem, "dlcrn", adaptive=False, cubic_reg=M, bounds=box, max_steps=1, gradient_tol=0.0)
+    assert torch.allclose(result.x, free.clamp(*box), atol=1e-8)
+    assert bool((free != free.clamp(*box)).any())
+
+    far = tb.BilevelProblem.from_functions(lambda x, y: (y[0] ** 2 - 1) ** 2, lower, zero + 0.3, zero)
+    bounded = tb.minimize(far, "dlcrn", adaptive=False, cubic_reg=1e-3, bounds=(-2.0, 2.0), max_steps=60, gradient_tol=0.0)
+    assert bounded.history[-1].step == 60 or bounded.gradient_norm < 1e-8
