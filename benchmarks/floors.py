@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks.common import once
 from benchmarks.problems import Setting
 
 
@@ -86,3 +87,30 @@ class ClosedFormAt:
 def closed_form(setting: Setting) -> ClosedFormAt | None:
     """For a linear softmax layer; None for others."""
     return ClosedFormAt(setting) if len(setting.sizes) == 2 else None
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None, repeats: int = 5) -> float:
+    """Operations per second of a large square matrix product: the best of a few."""
+    size = size or (4096 if device == "cuda" else 2048)
+    A = torch.randn(size, size, dtype=dtype, device=device)
+    A @ A
+    return 2 * size**3 / min(once(lambda: A @ A)[0] for _ in range(repeats))
+
+
+def hessian_operations(n: int, n_val: int, features: int, classes: int) -> dict[str, float]:
+    """Operations of a dense hyper-Hessian of softmax hyper-cleaning (features with the bias counted), by part.
+
+        g_yy = X'D_kl X for every pair of classes, symmetric;   its Cholesky factor;   Y = -g_yy^{-1} g_yx;
+        L_yy Y, by products (two matrix products a level and column) or by a dense L_yy, whichever is less;   Y'(L_yy Y)
+    """
+    dy, pairs = features * classes, classes * (classes + 1) / 2
+    dense = pairs * n * features**2
+    by_products = n * 4.0 * dy * (n + n_val)
+    by_matrix = dense + pairs * n_val * features**2 + 2.0 * dy**2 * n
+    return {
+        "g_yy": dense,
+        "Cholesky": dy**3 / 3,
+        "solves": 2.0 * dy**2 * n,
+        "products": min(by_products, by_matrix),
+        "Y'(L_yy Y)": 1.0 * dy * n**2,
+    }

@@ -152,6 +152,15 @@ def softmax(quick: bool = False, n: int = 5000, side: int = 28, classes: int = 1
     return solved(setting)
 
 
+def synthetic_cleaning(n: int, side: int, classes: int, reg: float = 1e-2) -> Setting:
+    """Hyper-cleaning of n synthetic images, a third of them mislabelled, at random weights; float32."""
+    inputs, labels = images(2 * n, side, classes, 4)
+    labels[:n], _ = corrupt(labels[:n], 1 / 3, "uniform", classes, 0)
+    x = torch.randn(n, generator=torch.Generator().manual_seed(5))
+    return Setting(f"synthetic cleaning {n} x {side * side} x {classes}", (side * side, classes), True, "weights", reg,
+                   (inputs[:n].float(), labels[:n]), (inputs[n:].float(), labels[n:]), x)  # fmt: skip
+
+
 def mlp(cache: Path, quick: bool = False, proximal: float = 0.02) -> Setting:
     """784-256-128-10 with tanh (235,146 unknowns), 5000 synthetic images, one weight per sample, trained by L-BFGS.
 
