@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import common, hyper_hessian, hypergradient
+from benchmarks import common, hyper_hessian, hypergradient, whole_run
 from benchmarks.floors import closed_form
 from benchmarks.problems import softmax, synthetic_cleaning
+from torch_bilevel.counting import OracleCounts
 
 
 def run(module, tmp_path, *options: str) -> dict:
@@ -41,6 +42,41 @@ def test_hyper_hessian_in_parts(tmp_path):
     found = run(hyper_hessian, tmp_path, "--settings", "mnist")["mnist"]
     assert found["seconds"]["dense"] > 0
     assert found["symmetric_error"] < 1e-6
+
+
+def test_whole_run_keeps_its_runs_and_compares(tmp_path, monkeypatch):
+    options = ("--cache", str(tmp_path), "--methods", "auto", "lbfgs", "f2ba", "--max-steps", "8")
+    found = run(whole_run, tmp_path, *options, "--problems", "tiny_cleaning")["tiny_cleaning"]
+    assert found["seconds"].keys() == {"auto", "lbfgs", "f2ba"}
+    assert any("lbfgs / of auto" in line for line in found["claims"])
+    assert min(min(row["gap 0.01"]) for row in found["calls"].values() if row["gap 0.01"][0] is not None) > 0
+    monkeypatch.setattr(whole_run.Runs, "run", None)  # everything is kept: nothing is run
+    again = run(whole_run, tmp_path, *options, "--problems", "tiny_cleaning")["tiny_cleaning"]
+    assert again == found
+
+
+def test_whole_run_judges_inexact_methods_by_the_exact_value(tmp_path):
+    setting = whole_run.tiny_cleaning(None, 0)
+    found = whole_run.library_run(setting, "f2ba", 1.0, max_seconds=5.0, max_steps=3, eps=1e-6)
+    start = found["records"][0]
+    from benchmarks.runs import Judge
+
+    assert start["value"] == pytest.approx(Judge(setting)(setting.x)["value"], rel=1e-9)
+
+
+def test_adam_on_torchopt_gets_our_hypergradient():
+    from benchmarks.peers import TorchOpt
+    from benchmarks.problems import solved
+    from benchmarks.runs import torchopt_hypergradient
+
+    if TorchOpt.missing() is not None:
+        pytest.skip(f"torchopt: {TorchOpt.missing()}")
+    setting = solved(synthetic_cleaning(40, 4, 3).to(torch.float64))
+    counts = OracleCounts()
+    _, gradient = torchopt_hypergradient(setting, setting.x, setting.y, counts)
+    expected, _ = hypergradient.reference(_with_before(setting))
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-6
+    assert counts.lower_products > 2
 
 
 @pytest.mark.parametrize("setting", [softmax(quick=True), synthetic_cleaning(40, 4, 3)], ids=["log_l2", "weights"])
