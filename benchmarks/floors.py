@@ -1,0 +1,116 @@
+"""What the mathematics costs at least, written by hand for softmax layers: the floors that benchmarks compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import once
+from benchmarks.problems import Setting
+
+
+class ClosedForm:
+    """g of a linear softmax layer at one (x, y) with W as (features, classes): products by two matrix products.
+
+        g_W = X'(c (P - T)) / n + penalty,     g_WW V = X'(c (P Z - P <P, Z>)) / n + 2 (exp(x) + reg) V,   Z = X V
+    """
+
+    def __init__(self, setting: Setting, x: Tensor):
+        self.setting = setting
+        inputs, labels = setting.train
+        self.X = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if setting.bias else inputs
+        W = self._matrix(setting.y)
+        self.P = torch.softmax(self.X @ W, 1)
+        n, (features, _) = len(inputs), setting.sizes
+        weights = setting.hyper == "weights"
+        c = x.sigmoid() if weights else torch.ones_like(labels, dtype=x.dtype)
+        self.cP = (c / n)[:, None] * self.P
+        self.diagonal = torch.full((len(W), 1), 2 * setting.reg, dtype=x.dtype, device=x.device)
+        if not weights:
+            self.diagonal[:features, 0] += 2 * x.exp()
+        self.W, self.x = W, x
+
+    def _matrix(self, y: Tensor) -> Tensor:
+        """(classes * features [+ classes],) as the library has it -> (features [+ 1], classes)."""
+        features, classes = self.setting.sizes
+        weight = y[: features * classes].view(classes, features).T
+        return torch.cat([weight, y[features * classes :].view(1, -1)]) if self.setting.bias else weight
+
+    def curvature(self, V: Tensor) -> Tensor:
+        """g_WW V for V (features, classes)."""
+        Z = self.X @ V
+        Q = self.cP * Z
+        return self.X.T @ (Q - self.P * Q.sum(1, keepdim=True)) + self.diagonal * V
+
+    def product(self, w: Tensor) -> Tensor:
+        """The same for a flat vector; the answer is left as a matrix."""
+        return self.curvature(self._matrix(w))
+
+    def hypergradient(self, steps: int) -> Tensor:
+        """-g_xW v after ``steps`` of plain CG on g_WW v = f_W."""
+        s = self.setting
+        inputs, labels = s.valid
+        Xv = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if s.bias else inputs
+        R = torch.softmax(Xv @ self.W, 1)
+        R[torch.arange(len(labels)), labels] -= 1
+        r = Xv.T @ R / len(labels)
+        v, p, rr = torch.zeros_like(r), r, (r * r).sum()
+        for _ in range(steps):
+            Ap = self.curvature(p)
+            alpha = rr / (p * Ap).sum()
+            v, r = v + alpha * p, r - alpha * Ap
+            new = (r * r).sum()
+            p, rr = r + new / rr * p, new
+        features = s.sizes[0]
+        if s.hyper == "log_l2":
+            return -2 * self.x.exp() * (self.W * v)[:features].sum(1)
+        residual = self.P.clone()
+        labels = s.train[1]
+        residual[torch.arange(len(labels)), labels] -= 1
+        c = self.x.sigmoid()
+        return -(c * (1 - c) / len(labels)) * (residual * (self.X @ v)).sum(1)
+
+
+class ClosedFormAt:
+    """Makes everything at the point anew at each call, as every contestant has to."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    def at(self, x: Tensor) -> ClosedForm:
+        return ClosedForm(self.setting, x)
+
+    def hypergradient(self, steps: int) -> Tensor:
+        return self.at(self.setting.x).hypergradient(steps)
+
+
+def closed_form(setting: Setting) -> ClosedFormAt | None:
+    """For a linear softmax layer; None for others."""
+    return ClosedFormAt(setting) if len(setting.sizes) == 2 else None
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None, repeats: int = 5) -> float:
+    """Operations per second of a large square matrix product: the best of a few."""
+    size = size or (4096 if device == "cuda" else 2048)
+    A = torch.randn(size, size, dtype=dtype, device=device)
+    A @ A
+    return 2 * size**3 / min(once(lambda: A @ A)[0] for _ in range(repeats))
+
+
+def hessian_operations(n: int, n_val: int, features: int, classes: int) -> dict[str, float]:
+    """Operations of a dense hyper-Hessian of softmax hyper-cleaning (features with the bias counted), by part.
+
+        g_yy = X'D_kl X for every pair of classes, symmetric;   its Cholesky factor;   Y = -g_yy^{-1} g_yx;
+        L_yy Y, by products (two matrix products a level and column) or by a dense L_yy, whichever is less;   Y'(L_yy Y)
+    """
+    dy, pairs = features * classes, classes * (classes + 1) / 2
+    dense = pairs * n * features**2
+    by_products = n * 4.0 * dy * (n + n_val)
+    by_matrix = dense + pairs * n_val * features**2 + 2.0 * dy**2 * n
+    return {
+        "g_yy": dense,
+        "Cholesky": dy**3 / 3,
+        "solves": 2.0 * dy**2 * n,
+        "products": min(by_products, by_matrix),
+        "Y'(L_yy Y)": 1.0 * dy * n**2,
+    }
