@@ -153,6 +153,16 @@ def load_pool(name: str, data_dir: str | Path | None = None) -> Pool:
     return Pool(torch.from_numpy(digits.data), labels, 10, 0, digits.images.shape[1:])
 
 
+def require(name: str, data_dir: str | Path | None = None) -> None:
+    """DataError unless data set `name` is at hand (or can be downloaded); images are looked for, not read."""
+    check_choice("dataset", name, DATASETS)
+    if name in _IMAGE_SETS:
+        raw = data_root(data_dir) / _IMAGE_SETS[name] / "raw"
+        if all(_find_idx(raw, stem) for part in _IMAGE_FILES.values() for stem in part):
+            return
+    load_pool(name, data_dir)
+
+
 def split_sizes(
     name: str, n: int, sizes: tuple[int | None, int | None, int | None], fractions: list[float] | None
 ) -> tuple[int, int, int]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.data import ENVIRONMENT, DataError, load_pool
+from experiments.data import ENVIRONMENT, DataError, require
 from experiments.report import plain, versions
-from experiments.scheduler import results_of, run_tasks
+from experiments.scheduler import Workers, results_of, run_tasks
 from experiments.studies import STUDIES, Study, load_study
 from torch_bilevel.errors import BilevelError, ConfigError
 
@@ -44,10 +44,11 @@ def reproduce(
     if fresh and folder.is_dir():
         shutil.rmtree(folder)
     records: dict[str, dict[str, Any]] = {}
-    for number, stage in enumerate(study.stages, 1):
-        tasks = stage(quick, results_of(records))
-        label = f"{study.name} {number}/{len(study.stages)}" if progress else None
-        records.update(run_tasks(tasks, folder, data_dir, jobs, progress=label))
+    with Workers(jobs) as workers:
+        for number, stage in enumerate(study.stages, 1):
+            tasks = stage(quick, results_of(records))
+            label = f"{study.name} {number}/{len(study.stages)}" if progress else None
+            records.update(run_tasks(tasks, folder, workers, data_dir, label))
     results, figures = results_of(records), out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     body = study.report(results, figures, quick)
@@ -61,7 +62,7 @@ def reproduce(
 
 def _check_data(need: str, data_dir: str | None) -> None:
     if ":" not in need:
-        load_pool(need, data_dir)
+        require(need, data_dir)
         return
     module, name = need.split(":")
     getattr(importlib.import_module(module), name)(data_dir)

@@ -92,63 +92,47 @@ def kept(folder: Path, task: Task) -> dict[str, Any] | None:
     return record if same else None
 
 
-def run_tasks(
-    tasks: Sequence[Task], folder: Path, data_dir: str | None = None, jobs: int | None = None, memory: float | None = None,
-    progress: str | None = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Records of `tasks` by key: those in `folder` with equal arguments are taken from there, the others made and kept.
+class Workers:
+    """At most `jobs` worker processes, one thread each, started when there is something to do; a context manager.
 
     Args:
-        tasks: with distinct keys. folder: of the kept records, made if need be. data_dir: passed on.
-        jobs: worker processes at most, one thread each; default: the cores this process may use.
-        memory: GB that the tasks running at a time may need together; default `available_gb()`. A task that
-            needs more runs alone.
-        progress: label of a bar; None for none.
+        jobs: default the cores this process may use.
+        memory: GB that the tasks running at a time may need together; default `available_gb()`. A task that needs more
+            runs alone.
 
-    Raises:
-        ConfigError: a key twice, jobs < 1. WorkerError: a worker died. Whatever a task raises other than a
-        BilevelError (which is a result). Records finished before are kept in each case.
+    Raises: ConfigError: jobs < 1.
     """
-    keys = [task.key for task in tasks]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ConfigError(f"task keys must be distinct, got twice: {', '.join(twice)}")
-    jobs = cores() if jobs is None else jobs
-    if jobs < 1:
-        raise ConfigError(f"jobs={jobs} must be at least 1")
-    folder.mkdir(parents=True, exist_ok=True)
-    records = {task.key: kept(folder, task) for task in tasks}
-    todo = [task for task in tasks if records[task.key] is None]
-    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=progress, unit="run", disable=progress is None) as bar:
-        for task, record in _parallel(todo, data_dir, jobs, available_gb() if memory is None else memory):
-            records[task.key] = {**record, "jobs": min(jobs, len(todo))}
-            write_json(folder / f"{task.key}.json", records[task.key])
-            bar.set_postfix(last=task.key, refresh=False)
-            bar.update(1)
-    return records
 
+    def __init__(self, jobs: int | None = None, memory: float | None = None):
+        self.jobs = cores() if jobs is None else jobs
+        if self.jobs < 1:
+            raise ConfigError(f"jobs={jobs} must be at least 1")
+        self.memory = available_gb() if memory is None else memory
+        self._pool: ProcessPoolExecutor | None = None
 
-def _parallel(
-    todo: list[Task], data_dir: str | None, jobs: int, memory: float
-) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """(task, record) as they finish; the first waiting task that fits in what is left of `memory` starts next."""
-    if not todo:
-        return
-    waiting, running = list(todo), {}
-    with _one_thread():
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_end_with_parent)
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._pool is not None:
+            if kind is not None:
+                for process in list((self._pool._processes or {}).values()):
+                    process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, tasks: Sequence[Task], data_dir: str | None) -> Iterator[tuple[Task, dict[str, Any]]]:
+        """(task, record) as they finish; the first waiting task that fits in what is left of the memory starts next."""
+        waiting, running = list(tasks), {}
         try:
             while waiting or running:
-                while len(running) < jobs:
-                    left = memory - sum(task.memory_gb for task in running.values())
+                while len(running) < self.jobs:
+                    left = self.memory - sum(task.memory_gb for task in running.values())
                     fits = next((t for t in waiting if t.memory_gb <= left or not running), None)
                     if fits is None:
                         break
                     waiting.remove(fits)
-                    running[pool.submit(call, fits, data_dir)] = fits
-                done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
-                for future in done:
+                    running[self._submit(fits, data_dir)] = fits
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running[future], future.result()
                     del running[future]
         except BrokenProcessPool as error:
@@ -157,12 +141,42 @@ def _parallel(
                 f"a worker process died while running {names}, most likely for lack of memory; finished runs are kept: "
                 "give the same command again with fewer --jobs"
             ) from error
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, task: Task, data_dir: str | None) -> Future:
+        with _one_thread():  # processes start while something is submitted
+            if self._pool is None:
+                spawn = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=_end_with_parent)
+            return self._pool.submit(call, task, data_dir)
+
+
+def run_tasks(
+    tasks: Sequence[Task], folder: Path, workers: Workers, data_dir: str | None = None, progress: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Records of `tasks` by key: those in `folder` with equal arguments are taken from there, the others made and kept.
+
+    Args:
+        tasks: with distinct keys. folder: of the kept records, made if need be. data_dir: passed on.
+        progress: label of a bar; None for none.
+
+    Raises:
+        ConfigError: a key twice. WorkerError: a worker died. Whatever a task raises other than a BilevelError (which is
+        a result). Records finished before are kept in each case.
+    """
+    keys = [task.key for task in tasks]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ConfigError(f"task keys must be distinct, got twice: {', '.join(twice)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {task.key: kept(folder, task) for task in tasks}
+    todo = [task for task in tasks if records[task.key] is None]
+    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=progress, unit="run", disable=progress is None) as bar:
+        for task, record in workers.run(todo, data_dir):
+            records[task.key] = {**record, "jobs": workers.jobs}
+            write_json(folder / f"{task.key}.json", records[task.key])
+            bar.set_postfix(last=task.key, refresh=False)
+            bar.update(1)
+    return records
 
 
 @contextmanager

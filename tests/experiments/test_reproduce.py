@@ -16,7 +16,7 @@ import pytest
 from experiments import scheduler
 from experiments.__main__ import main
 from experiments.reproduce import reproduce
-from experiments.scheduler import WorkerError, available_gb, run_tasks
+from experiments.scheduler import WorkerError, Workers, available_gb, run_tasks
 from experiments.studies import STUDIES, Study, Task, load_study
 from torch_bilevel.errors import ConfigError
 
@@ -62,7 +62,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_results_are_kept_and_made_anew_for_other_arguments(toy, tmp_path: Path) -> None:
     task, calls = toy
     folder = tmp_path / "kept"
-    first = run_tasks([task(2), task(-1), task(3)], folder, "DATA", jobs=2)
+    with Workers(2) as workers:
+        first = run_tasks([task(2), task(-1), task(3)], folder, workers, "DATA")
     assert calls() == [-1, 2, 3]
     assert list(first) == ["n2", "n-1", "n3"]
     assert first["n3"]["result"] | {"process": 0} == {
@@ -70,7 +71,8 @@ def test_results_are_kept_and_made_anew_for_other_arguments(toy, tmp_path: Path)
     assert first["n-1"]["result"] == {"failed": "SolverError: no root of -1"}
 
     other = Task("n3", "toy_study:square", {"number": 4, "log": str(tmp_path / "calls"), "seed": 3})
-    second = run_tasks([task(2), task(-1), other], folder, "DATA", jobs=1)
+    with Workers(1) as workers:
+        second = run_tasks([task(2), task(-1), other], folder, workers, "DATA")
     assert calls() == [-1, 2, 3, 4]
     assert second["n2"] == first["n2"]
     assert second["n3"]["result"]["square"] == 16
@@ -80,8 +82,8 @@ def test_results_are_kept_and_made_anew_for_other_arguments(toy, tmp_path: Path)
 def test_dead_worker_keeps_what_was_finished(toy, tmp_path: Path) -> None:
     task, calls = toy
     folder = tmp_path / "kept"
-    with pytest.raises(WorkerError, match="dead.*fewer --jobs"):
-        run_tasks([task(2), Task("dead", "toy_study:die")], folder, jobs=1)
+    with pytest.raises(WorkerError, match="dead.*fewer --jobs"), Workers(1) as workers:
+        run_tasks([task(2), Task("dead", "toy_study:die")], folder, workers)
     assert calls() == [2]
     assert [path.name for path in folder.iterdir()] == ["n2.json"]
 
@@ -115,7 +117,8 @@ class FakePool:
         return future
 
     def shutdown(self, **_: object) -> None:
-        assert not self.running
+        while self.running:
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -131,7 +134,8 @@ def test_memory_and_jobs_limit_what_runs_at_a_time(
     jobs: int, memory: float, most: int, toy, pool: FakePool, tmp_path: Path
 ) -> None:
     tasks = [toy[0](i, memory_gb=3.0) for i in range(8)]
-    records = run_tasks(tasks, tmp_path, jobs=jobs, memory=memory)
+    with Workers(jobs, memory) as workers:
+        records = run_tasks(tasks, tmp_path, workers)
     assert list(records) == [task.key for task in tasks]
     assert pool.most == most
     assert pool.most_memory <= max(memory, 3.0)
@@ -143,12 +147,13 @@ def test_killed_command_goes_on_where_it_stopped_and_leaves_no_worker(toy, tmp_p
 import sys
 sys.path[:0] = {[str(tmp_path), str(ROOT)]!r}
 from pathlib import Path
-from experiments.scheduler import run_tasks
+from experiments.scheduler import Workers, run_tasks
 from experiments.studies import Task
 
 if __name__ == "__main__":
     tasks = [Task("n2", "toy_study:square", {task(2).arguments!r}), Task("s", "toy_study:sleep", {{"log": {str(tmp_path / "pid")!r}}})]
-    run_tasks(tasks, Path({str(tmp_path / "kept")!r}), jobs=1)
+    with Workers(1) as workers:
+        run_tasks(tasks, Path({str(tmp_path / "kept")!r}), workers)
 """
     (tmp_path / "command.py").write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path / "command.py")])
@@ -162,7 +167,7 @@ if __name__ == "__main__":
         time.sleep(0.05)
     assert not alive(worker)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["n2.json"]
-    assert run_tasks([task(2)], tmp_path / "kept", jobs=1)["n2"]["result"]["square"] == 4
+    assert run_tasks([task(2)], tmp_path / "kept", Workers(1))["n2"]["result"]["square"] == 4
     assert calls() == [2]
 
 
@@ -177,8 +182,9 @@ def alive(pid: int) -> bool:
 
 
 def test_mistake_keeps_what_was_finished(toy, pool: FakePool, tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="mistake"):
-        run_tasks([toy[0](2), Task("wrong", "toy_study:mistake"), toy[0](3)], tmp_path / "kept", jobs=1)
+    tasks = [toy[0](2), Task("wrong", "toy_study:mistake"), toy[0](3)]
+    with pytest.raises(KeyError, match="mistake"), Workers(1) as workers:
+        run_tasks(tasks, tmp_path / "kept", workers)
     assert toy[1]() == [2]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["n2.json"]
 
@@ -193,8 +199,8 @@ def test_available_memory() -> None:
         (lambda: Task("a/b", "m:f"), "file name"),
         (lambda: Task("a", "m.f"), "package.module:function"),
         (lambda: Task("a", "m:f", memory_gb=0.0), "memory_gb"),
-        (lambda: run_tasks([Task("a", "m:f"), Task("a", "m:g")], Path("unused")), "twice: a"),
-        (lambda: run_tasks([Task("a", "m:f")], Path("unused"), jobs=0), "jobs=0"),
+        (lambda: run_tasks([Task("a", "m:f"), Task("a", "m:g")], Path("unused"), Workers(1)), "twice: a"),
+        (lambda: Workers(0), "jobs=0"),
         (lambda: load_study("E77"), "did you mean 'E7'"),
     ],
 )
@@ -251,7 +257,7 @@ def present() -> list[str]:
 @pytest.mark.parametrize("name", present())
 def test_quick_version_of_every_study(name: str, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["reproduce", name, "--quick", "--jobs", "2", "--data-dir", str(data_dir), "--out", str(out),
+    assert main(["reproduce", name, "--quick", "--jobs", "1", "--data-dir", str(data_dir), "--out", str(out),
                  "--runs-dir", str(tmp_path / "runs")]) == 0  # fmt: skip
     text = (out / f"{name}.md").read_text()
     assert "Runs that failed" not in text
