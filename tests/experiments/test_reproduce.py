@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import scheduler
 from experiments.__main__ import main
@@ -122,11 +124,12 @@ class FakePool:
 
 
 @pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> FakePool:
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePool]:
     """In place of worker processes, which take seconds to start."""
-    fake = FakePool()
+    fake, threads = FakePool(), torch.get_num_threads()
     monkeypatch.setattr(scheduler, "ProcessPoolExecutor", lambda *a, **k: fake)
-    return fake
+    yield fake
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("jobs", "memory", "most"), [(4, 100.0, 4), (2, 100.0, 2), (4, 6.0, 2), (4, 0.5, 1)])
@@ -255,7 +258,7 @@ def present() -> list[str]:
 
 
 @pytest.mark.parametrize("name", present())
-def test_quick_version_of_every_study(name: str, data_dir: Path, tmp_path: Path) -> None:
+def test_quick_version_of_every_study(name: str, pool: FakePool, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["reproduce", name, "--quick", "--jobs", "1", "--data-dir", str(data_dir), "--out", str(out),
                  "--runs-dir", str(tmp_path / "runs")]) == 0  # fmt: skip
