@@ -35,8 +35,10 @@ from .methods import (
     RAHGD,
     SGD,
     SLCRN,
+    TPE,
     Adam,
     LazySLCRN,
+    RandomSearch,
     StocBiO,
     make_method,
 )
@@ -53,7 +55,7 @@ __all__ = [
     "AID", "Adam", "F2BA", "F2SA", "ITD", "LBFGS", "PAID", "PRAHGD", "RAHGD", "SGD", "StocBiO",
     "BilevelError", "BilevelOptimizer", "BilevelProblem", "Certificate", "ConfigError", "DLCRN", "DoctorReport",
     "Evaluation", "FSBA", "IFSBA", "ImplicitOracle", "LFSBA", "LazySLCRN", "NonFiniteError", "NotStronglyConvexError", "OracleCounts",
-    "PenaltyOracle", "ProblemError", "Result", "SLCRN", "ShapeError", "SingleLoopOracle", "SolverError", "Status", "StepReport",
+    "PenaltyOracle", "ProblemError", "RandomSearch", "Result", "SLCRN", "ShapeError", "SingleLoopOracle", "SolverError", "Status", "StepReport", "TPE",
     "UnsupportedLayerError", "certify", "cubic", "doctor", "errors", "linalg", "lower", "make_method", "method_names",
     "methods", "minimize", "oracles",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ A recorded graph is asked only for the block it is needed for: a product with h_
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Callable, Iterable
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from .counting import OracleCounts
+from .folding import FoldedProducts
 from .problem import BilevelProblem
 
 Function = Callable[[Tensor, Tensor], Tensor]
-#: columns per vmapped backward pass: 3-10x cheaper per vector on small problems, never dearer on dense layers
-BLOCK, SMALL_BLOCK, SMALL = 64, 256, 2048
+#: columns per vmapped backward pass: 3-10x cheaper per vector up to SMALL unknowns, and about 2x above, where products
+#: that share the data are folded into one
+BLOCK, SMALL_BLOCK, SMALL = 32, 256, 2048
 
 
 def load_torch_func() -> None:
@@ -221,11 +224,13 @@ class _Graph:
                 for j in range(columns)
             ]
             return [torch.stack(parts, dim=1) for parts in zip(*singles)]
-        blocks, size = [], SMALL_BLOCK if self.x.numel() + self.y.numel() <= SMALL else BLOCK
+        small = self.x.numel() + self.y.numel() <= SMALL
+        blocks, size = [], SMALL_BLOCK if small else BLOCK
         for start in range(0, columns, size):
             rows = [c[:, start : start + size].T.contiguous() for c in cotangents]
             try:
-                blocks.append(self._backward(outputs, inputs, rows, True))
+                with nullcontext() if small else FoldedProducts():
+                    blocks.append(self._backward(outputs, inputs, rows, True))
             except RuntimeError:  # an operation without a vmap rule: one column at a time, from now on
                 self._batched = False
                 return self._block(outputs, inputs, cotangents)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..counting import OracleCounts
-from ..derivatives import Linearisation, Objective
+from ..derivatives import Linearisation
 from ..errors import ConfigError, nearest
 from ..linalg import (
     CholeskyFactor,
     FunctionOperator,
+    NystromPreconditioner,
     Solution,
     SolveStatus,
     Spectrum,
@@ -23,28 +23,21 @@ from ..linalg import (
 )
 from ..linalg.solve import default_tol
 from ..problem import BilevelProblem
+from .kept import KeptFactor, is_exact
 
 SOLVERS = ("auto", "cg", "minres", "cholesky", "chebyshev")
 
-#: up to this many learner parameters 'auto' keeps a Cholesky factor: its n block products cost what a handful of
-#: plain CG solves cost, and it then serves as an exact solver where it was made and as a preconditioner elsewhere.
-MAX_AUTO_FACTOR = 2000
-#: up to this many (1.2 GB in float64) it makes one, as a preconditioner, once plain CG has cost as much.
-MAX_FACTOR = 12_000
 #: iterations of CG after which a kept factor is taken to be too old.
 PATIENCE = 60
-#: products of a block cost about a quarter of single ones (measured, see docs/performance.md), so a factor of size n
-#: costs about n / 4 iterations of CG.
-BLOCK_DISCOUNT = 4
 
 
 class LowerSystems:
     """Solves (h_yy(x, y) + damping I) w = b at recorded points, keeping a factor for as long as it is good.
 
-    'auto' keeps, for dy <= 2000, the Cholesky factor of the last point where one was made: it solves exactly there
-    and preconditions CG at every other point; it is made anew once the CG iterations it failed to save have cost as
-    much as a new one. For dy <= 12,000 a factor is made in the same way once it pays, and only preconditions. Beyond
-    that: CG, reorthogonalised in float32 while its memory is moderate.
+    'auto' is CG with what ``KeptFactor`` keeps as its preconditioner: for dy <= 2000 a Cholesky factor, which also
+    solves exactly at the point where it was made; above that a Nystrom sketch and, for dy <= 12,000, a Cholesky factor,
+    each made, or made anew, once the iterations it could have saved have cost as much. CG is reorthogonalised in
+    float32 while its memory is moderate.
 
     Args:
         solver: 'auto', 'cg', 'minres', 'cholesky' (a factor at every point) or 'chebyshev' (the published expansion
@@ -83,9 +76,12 @@ class LowerSystems:
         self.chebyshev_order = chebyshev_order
         self.spectrum = None if spectrum is None else Spectrum(*map(float, spectrum))
         self._spectrum_given = spectrum is not None
-        self.factor: CholeskyFactor | None = None
-        self._born: dict[str, Any] | None = None
-        self._spent = 0
+        self.kept = KeptFactor()
+
+    @property
+    def factor(self) -> CholeskyFactor | NystromPreconditioner | None:
+        """What preconditions CG now."""
+        return self.kept.factor
 
     def operator(self, at: Linearisation) -> FunctionOperator:
         """h_yy + damping I at the recorded point, as a LinearOperator."""
@@ -106,8 +102,10 @@ class LowerSystems:
         counts.add(solves=1 if b.dim() == 1 else b.shape[1])
         tol = tol if tol is not None else self.tol if self.tol is not None else default_tol(b.dtype)
         exact = getattr(at, "factor", None)
-        if exact is None and (self.solver == "cholesky" or (self.solver == "auto" and self._wants_factor(n))):
+        if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
+        elif exact is None and self.solver == "auto":
+            exact = self._make(at, self.kept.due(n, b.dtype))
         A = self.operator(at)
         if self.solver == "chebyshev":
             return self._expand(A, b, tol)
@@ -118,20 +116,19 @@ class LowerSystems:
         if exact is not None:
             return self._with_own_factor(A, exact, b, tol)
         columns = 1 if b.dim() == 1 else b.shape[1]
-        renewable = self.solver == "auto" and self.factor is not None and n <= MAX_FACTOR
+        renewable = self.solver == "auto" and self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
         result = self._cg(A, b, tol, x0, limit, self.factor)
-        self._spent += max(0, result.iterations - 2) * columns
+        self.kept.observe(result, tol, columns)
         if renewable and not result.ok:  # the kept factor is too old: make one here
-            self.factor_at(at)
-            exact = getattr(at, "factor", None)
+            exact = self.factor_at(at)
             if exact is not None:
                 return _refused(exact, b) if not exact.ok else self._with_own_factor(A, exact, b, tol)
             result = self._cg(A, b, tol, x0, self.max_iterations, self.factor)
         return result
 
     def _cg(self, A: FunctionOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
-            factor: CholeskyFactor | None) -> Solution:  # fmt: skip
+            factor: CholeskyFactor | NystromPreconditioner | None) -> Solution:  # fmt: skip
         """Preconditioned CG; without the factor once more where only its rounding may have shown negative curvature."""
         stored = b.numel() * (1 if factor is None else 2)
         result = cg(A, b, tol=tol, x0=x0, preconditioner=factor, max_iterations=limit,
@@ -171,12 +168,20 @@ class LowerSystems:
         return result
 
     def prepare(self, at: Linearisation) -> None:
-        """Ready for many solves at this point: a factor made here (dy <= 2000), or one from nearby (dy <= 12,000)."""
-        n = at.y.numel()
-        if self.solver == "cholesky" or (self.solver == "auto" and n <= MAX_AUTO_FACTOR):
+        """Ready for the many solves of a hyper-Hessian at this point: a factor where they would pay for it."""
+        if self.solver == "cholesky":
             self.factor_at(at)
-        elif self.solver == "auto" and n <= MAX_FACTOR and (self.factor is None or self._wants_factor(n)):
-            self.factor_at(at)
+        elif self.solver == "auto" and getattr(at, "factor", None) is None:
+            self._make(at, self.kept.due_for_model(at.y.numel(), at.y.dtype))
+
+    def _make(self, at: Linearisation, level: int | None) -> CholeskyFactor | None:
+        """What is due at this point; the factor if it is exact here."""
+        if level is None:
+            return None
+        if level >= at.y.numel():
+            return self.factor_at(at)
+        self.kept.make(level, self.operator(at), at)
+        return None
 
     def factor_at(self, at: Linearisation, attach: bool | None = None) -> CholeskyFactor | None:
         """The Cholesky factor of h_yy + damping I at the recorded point, kept as ``factor``.
@@ -185,52 +190,21 @@ class LowerSystems:
 
         Cost: dy products in blocks, dy^3 / 3 multiplications, dy^2 numbers. Look at ``.ok``.
         """
-        attach = at.y.numel() <= MAX_AUTO_FACTOR or self.solver == "cholesky" if attach is None else attach
+        attach = is_exact(at.y.numel()) or self.solver == "cholesky" if attach is None else attach
         factor = getattr(at, "factor", None)
         if factor is None:
-            at.objective.counts.add(factorisations=1)
-            factor = CholeskyFactor(self.operator(at).to_dense(), overwrite=True)
+            factor = self.kept.make(at.y.numel(), self.operator(at), at)
             if attach:
                 at.factor = factor
-        if factor.ok:
-            h = at.objective
-            self.factor, self._spent = factor, 0
-            self._born = {"x": at.x, "y": at.y, "upper": h.upper, "lower": h.lower}
         return factor if attach else None
 
-    def _wants_factor(self, n: int) -> bool:
-        """Whether CG has cost what a factor would; at once for small n."""
-        if n > MAX_FACTOR:
-            return False
-        if n > MAX_AUTO_FACTOR:  # blocks of columns save nothing there
-            return self._spent > n
-        return self.factor is None or self._spent * BLOCK_DISCOUNT > n
-
     def state_dict(self) -> dict[str, Any]:
-        """The kept factor and what it has failed to save, for an exact resume.
-
-        A large factor is not saved but the point where it was made, to make it there again on the same data.
-        """
+        """What is kept, for an exact resume."""
         interval = None if self.spectrum is None else [self.spectrum.lowest, self.spectrum.largest]
-        small = self.factor is not None and self.factor.n <= MAX_AUTO_FACTOR
-        return {"L": self.factor.L if small else None, "born": None if small or self.factor is None else self._born,
-                "spent": self._spent, "spectrum": interval}  # fmt: skip
-
-    def _made_at(self, born: dict[str, Any]) -> bool:
-        """Whether the factor at hand was made at this very point (a run's state is loaded more than once)."""
-        own = self._born
-        return self.factor is not None and own is not None and all(
-            torch.equal(own[key], born[key]) if isinstance(born[key], Tensor) else own[key] == born[key] for key in born
-        )  # fmt: skip
+        return {"kept": self.kept.state_dict(), "spectrum": interval}
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
-        born = state["born"]
-        if born is None or not self._made_at(born):
-            self.factor = None if state["L"] is None else CholeskyFactor.from_lower(state["L"])
-        if born is not None and self.factor is None:
-            h = Objective(problem, upper=born["upper"], lower=born["lower"], counts=OracleCounts())
-            self.factor_at(h.linearise(born["x"], born["y"], "y"), attach=False)
-        self._spent = state["spent"]
+        self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
 
 

@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..counting import OracleCounts
-from ..lower.systems import BLOCK_DISCOUNT, MAX_AUTO_FACTOR
+from ..lower.kept import BLOCK_DISCOUNT, is_exact
 from ..oracles import HyperOracle
 from ..problem import BilevelProblem
 from ..results import StepReport
@@ -97,7 +97,7 @@ class AutoRun(Run):
         counts, dx, dy = self.counts, self.problem.dx, self.problem.dy
         per_evaluation = counts.oracle_calls / max(1, counts.evaluations)
         per_solve = (counts.upper_products + counts.lower_products) / max(1, counts.solves)
-        factored = dy <= MAX_AUTO_FACTOR
+        factored = is_exact(dy)
         per_product = 3 + 2 * (1 if factored else per_solve)
         if self.method.then.hessian == "dense" or (self.method.then.hessian == "auto" and dx <= MAX_DENSE):
             calls = dx * per_product / BLOCK_DISCOUNT

@@ -72,6 +72,8 @@ class UpperStep:
             if isinstance(entry.get("step"), Tensor):
                 entry["step"] = entry["step"].cpu()  # where optimizers keep it
         self.optimizer.load_state_dict(state["optimizer"])
+        for saved in state["optimizer"]["state"].values():  # of the one leaf; loading casts to its dtype what has another
+            self.optimizer.state[self.leaf].update(saved)
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 

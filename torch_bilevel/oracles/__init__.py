@@ -10,8 +10,10 @@ from .penalty import PenaltyOracle
 from .single_loop import SingleLoopOracle
 from .stochastic import StochasticOracle
 from .unrolled import UnrolledOracle
+from .value import ValueOracle
 
 __all__ = [
     "AIDOracle", "Evaluation", "FiniteDifferenceOracle", "HyperHessian", "HyperOracle", "ImplicitOracle",
     "LowerSolution", "MinimaxOracle", "PenaltyOracle", "SchurComplement", "SingleLoopOracle", "StochasticOracle", "UnrolledOracle",
+    "ValueOracle",
 ]  # fmt: skip

@@ -12,7 +12,8 @@ from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
 from ..errors import ConfigError, NotStronglyConvexError
 from ..linalg import LinearOperator
-from ..lower.systems import MAX_AUTO_FACTOR, LowerSystems
+from ..lower.kept import is_exact
+from ..lower.systems import LowerSystems
 from ..minimax import MinimaxProblem
 from .evaluation import (
     Evaluation,
@@ -129,7 +130,7 @@ class SchurComplement(LinearOperator):
     def __init__(self, at: Linearisation, systems: LowerSystems, tol: float | None = None):
         super().__init__(at.x.numel(), dtype=at.x.dtype, device=at.x.device, block_size=DENSE_BLOCK)
         self.at, self.systems, self.tol = at, systems, tol
-        if at.y.numel() <= MAX_AUTO_FACTOR and systems.solver in ("auto", "cholesky"):
+        if is_exact(at.y.numel()) and systems.solver in ("auto", "cholesky"):
             systems.factor_at(at)
 
     def matvec(self, v: Tensor) -> Tensor:

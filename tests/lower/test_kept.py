@@ -1,0 +1,141 @@
+"""KeptFactor: what is kept, when it is made, climbed or renewed, and that it survives a checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import torch_bilevel as tb
+from tests.problems import hyper_cleaning
+from torch_bilevel.counting import OracleCounts
+from torch_bilevel.derivatives import Objective
+from torch_bilevel.linalg import CholeskyFactor, NystromPreconditioner, Solution, SolveStatus
+from torch_bilevel.lower import LowerSystems, kept
+from torch_bilevel.lower.kept import KeptFactor
+
+N = 400
+
+
+@pytest.fixture
+def decaying(monkeypatch) -> Objective:
+    """g with a fixed Hessian of condition 1e5 and fast decay, which counts as large (sketches first)."""
+    monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 100)
+    Q, _ = torch.linalg.qr(torch.randn(N, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    A = Q @ torch.diag(1e3 / torch.arange(1, N + 1, dtype=torch.float64) ** 2 + 1e-2) @ Q.T
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return (1 + x[0] ** 2) * (y @ (A @ y)) / 2 - y.sum()
+
+    problem = tb.BilevelProblem.from_functions(lambda x, y: (y * y).sum(), g, torch.zeros(1, dtype=torch.float64),
+                                               torch.zeros(N, dtype=torch.float64))  # fmt: skip
+    return Objective(problem, lower=1.0, counts=OracleCounts())
+
+
+def solve(systems: LowerSystems, objective: Objective, seed: int, x: float = 0.0) -> Solution:
+    problem = objective.problem
+    at = objective.linearise(problem.x + x, problem.y, "y")
+    b = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    solution = systems.solve(at, b, tol=1e-8)
+    assert solution.ok
+    assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-7 * torch.linalg.vector_norm(b)
+    return solution
+
+
+def test_levels_fit_the_size_and_the_memory():
+    assert KeptFactor.levels(2000, torch.float64) == [2000]
+    assert KeptFactor.levels(8000, torch.float32) == [500, 1000, 8000]
+    assert KeptFactor.levels(100_000, torch.float32) == [750]  # 300 MB
+    assert KeptFactor.levels(10_000_000, torch.float32) == []
+
+
+def test_climbs_from_cg_to_a_sketch_to_a_factor_as_they_pay(decaying):
+    systems, kinds, iterations = LowerSystems(), [], []
+    for seed in range(12):
+        iterations.append(solve(systems, decaying, seed).iterations)
+        kinds.append((type(systems.factor), systems.kept.level))
+    order = list(dict.fromkeys(kinds))
+    assert order[0][0] is type(None) or order[0] == (NystromPreconditioner, N // 16)
+    assert (NystromPreconditioner, N // 16) in order
+    assert kinds[-1] == (CholeskyFactor, N)
+    assert iterations[-1] <= 2 < iterations[0]
+    assert decaying.counts.factorisations == len([kind for kind in order if kind[1]])
+
+
+def test_a_making_never_costs_more_than_what_was_spent_before_it(decaying):
+    systems, spent = LowerSystems(), 0.0
+    for seed in range(12):
+        level = systems.kept.level
+        before = systems.kept.spent
+        solve(systems, decaying, seed)
+        if systems.kept.level != level:
+            assert before * kept.BLOCK_DISCOUNT > systems.kept.level
+            spent += before
+    assert spent > 0
+
+
+def test_an_aged_sketch_is_renewed_at_its_level(decaying, monkeypatch):
+    monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: [100]))
+    keeper = KeptFactor()
+    at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
+    keeper.make(100, LowerSystems().operator(at), at)
+
+    def seen(iterations: int) -> None:
+        keeper.observe(Solution(x=at.gy, status=SolveStatus.CONVERGED, residual=at.value, iterations=iterations,
+                                products=0, solver="cg"), 1e-4, 1)  # fmt: skip
+
+    for _ in range(kept.FRESH_SOLVES):
+        seen(20)
+    assert keeper.due(N, torch.float64) is None  # nothing above it, and it has not aged
+    while keeper.spent * kept.BLOCK_DISCOUNT <= 100:
+        seen(20)
+    assert keeper.due(N, torch.float64) is None
+    seen(60)
+    assert keeper.due(N, torch.float64) == 100
+
+
+def test_a_model_asks_for_a_factor_only_where_its_solves_pay(decaying):
+    keeper = KeptFactor()
+    assert keeper.due_for_model(50, torch.float64) == 50  # small: always
+    at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
+    keeper.make(N, LowerSystems().operator(at), at)
+
+    def rate(iterations: int) -> None:
+        keeper.observe(Solution(x=at.gy, status=SolveStatus.CONVERGED, residual=at.value, iterations=iterations,
+                                products=0, solver="cg"), 1e-3, 1)  # fmt: skip
+
+    rate(3)
+    assert keeper.due_for_model(N, torch.float64) is None  # 60 solves save 60 iterations, a factor costs 200
+    rate(8)
+    assert keeper.due_for_model(N, torch.float64) == N
+
+
+def test_negative_curvature_leaves_no_sketch():
+    problem = tb.BilevelProblem.from_functions(
+        lambda x, y: (y * y).sum(), lambda x, y: (torch.linspace(-5, 1, N, dtype=y.dtype) * y * y).sum() / 2 + 0 * x.sum(),
+        torch.zeros(1, dtype=torch.float64), torch.ones(N, dtype=torch.float64), check=False)  # fmt: skip
+    at = Objective(problem, lower=1.0, counts=OracleCounts()).linearise(problem.x, problem.y, "y")
+    keeper = KeptFactor()
+    made = keeper.make(100, LowerSystems().operator(at), at)
+    assert not made.ok
+    assert keeper.factor is None
+
+
+@pytest.mark.parametrize("method", ["lfsba", "lbfgs", "auto"])
+def test_resume_with_a_sketch_is_the_uninterrupted_run(monkeypatch, tmp_path, method):
+    monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 4)
+    monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: [3, 6]))
+
+    def go(steps, **options):
+        krylov = {} if method == "lbfgs" else {"hessian": "krylov"}  # a dense hyper-Hessian would be formed by factors
+        return tb.minimize(hyper_cleaning().problem(), method, max_steps=steps, gradient_tol=1e-12, **krylov, **options)
+
+    whole = go(6)
+    assert whole.counts.factorisations >= 1
+    go(3, checkpoint=tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)["run"]
+    state = (saved["active"] if method == "auto" else saved)["oracle"]["systems"]["kept"]
+    assert state["level"] in (3, 6)
+    resumed = go(6, checkpoint=tmp_path / "run.pt", resume=True)
+    assert torch.equal(resumed.x, whole.x)
+    assert resumed.counts.as_dict() == whole.counts.as_dict()
