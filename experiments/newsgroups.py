@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +38,11 @@ class Newsgroups:
     classes: int
 
 
-def read_counts(data_dir: str | Path | None = None, part: str = "train", features: int | None = FEATURES):
-    """Token counts (n, features) as a scipy CSR matrix, and labels (n,), of the official 'train' or 'test' part.
+def read_counts(data_dir: str | Path | None = None, part: str = "train", documents: int | None = None):
+    """Token counts (n, 130107) as a scipy CSR matrix, and labels (n,), of the official 'train' or 'test' part.
+
+    Args:
+        documents: only so many, the first (they are in random order).
 
     Raises:
         DataError: the file is not under `data_dir`/20news.
@@ -53,24 +58,27 @@ def read_counts(data_dir: str | Path | None = None, part: str = "train", feature
             f" or point --data-dir or ${ENVIRONMENT} to a folder that has 20news"
         )
     with bz2.open(path) if path.suffix == ".bz2" else open(path, "rb") as stream:
-        counts, labels = load_svmlight_file(stream, n_features=features, zero_based=False)
+        lines = stream if documents is None else io.BytesIO(b"".join(itertools.islice(stream, documents)))
+        counts, labels = load_svmlight_file(lines, n_features=FEATURES, zero_based=False)
     return counts, torch.from_numpy(labels.astype("int64"))
 
 
 def load(
-    data_dir: str | Path | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, features: int | None = FEATURES,
+    data_dir: str | Path | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, features: int = FEATURES,
     limit: int | None = None,
 ) -> Newsgroups:  # fmt: skip
     """TF-IDF features, frequencies from the training half, and halves of the training set of equal class shares.
 
     Args:
-        seed: of the split. limit: documents of each part at most (for quick runs).
+        seed: of the split.
+        features, limit: the first so many tokens, and so many documents in each part, for quick runs.
     """
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.model_selection import train_test_split
 
-    counts, labels = read_counts(data_dir, "train", features)
-    held_counts, held_labels = read_counts(data_dir, "test", counts.shape[1])
+    counts, labels = read_counts(data_dir, "train", None if limit is None else 2 * limit)
+    held_counts, held_labels = read_counts(data_dir, "test", limit)
+    counts, held_counts = counts[:, :features], held_counts[:, :features]
     half = len(labels) // 2 if limit is None else limit
     rows, val_rows = train_test_split(range(len(labels)), train_size=half, test_size=half, random_state=seed,
                                       stratify=labels.numpy())  # fmt: skip
@@ -81,7 +89,7 @@ def load(
 
     return Newsgroups(
         part(counts[rows], labels[rows]), part(counts[val_rows], labels[val_rows]),
-        part(held_counts[:limit], held_labels[:limit]), counts.shape[1], int(labels.max()) + 1,
+        part(held_counts, held_labels), features, CLASSES,
     )  # fmt: skip
 
 
