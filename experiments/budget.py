@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +86,7 @@ def follow_cpu(
         method could not go on (then with "message"). x and y of the last good point are in the problem's tensors.
     """
     load_torch_func()
+    forget_peak()
     records: list[dict[str, Any]] = []
     budget = CpuBudget(seconds)
 
@@ -110,8 +112,21 @@ def follow_cpu(
             "peak_gb": peak_gb(), "message": message}  # fmt: skip
 
 
+def forget_peak() -> None:
+    """Let `peak_gb` begin anew, where the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
 def peak_gb() -> float:
-    """Largest resident memory of this process so far, in GB."""
+    """Largest resident memory of this process, in GB, since `forget_peak` (or since it started)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return float(lines["VmHWM"].split()[0]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
