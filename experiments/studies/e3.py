@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch_bilevel as tb
 from experiments import figures, newsgroups
 from experiments.budget import follow_cpu, within
 from experiments.studies.base import Results, Study, Task
+from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 
@@ -52,10 +52,6 @@ _SAME_AS = {"PAID": ("paid", "AID"), "PRAHGD": ("prahgd", "RAHGD")}
 QUICK = {"features": 3000, "limit": 200}
 
 
-def file_name(label: str) -> str:
-    return label.lower().replace(" (ours)", "-ours").replace("-", "_")
-
-
 @lru_cache(maxsize=1)
 def _data(data_dir: str | None, seed: int, features: int, limit: int | None) -> newsgroups.Newsgroups:
     """Kept for the next task of the same worker."""
@@ -66,7 +62,7 @@ def run_one(
     method: str, settings: list[dict[str, Any]], seconds: float, seed: int, max_steps: int = 10**6, retrain: bool = False,
     features: int = newsgroups.FEATURES, limit: int | None = None, data_dir: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs of `method` with each of `settings` in CPU `seconds` each: {"runs": [as of follow_cpu], "best": index}.
+    """Runs of `method` with each of `settings` in CPU `seconds` each: {"runs", "records": of each, as of follow_cpu; "best": index}.
 
     Best is the lowest validation CE of the learner held within the budget, which is what all minimise. A record has val,
     val_accuracy, test, test_accuracy of that learner. `retrain`: also the learner trained anew from 0 at the last x, to
@@ -91,7 +87,7 @@ def run_one(
         runs.append({**run, "options": options})
     ends = [within(run["records"], seconds) for run in runs]
     values = [float("inf") if end is None or not end["val"] == end["val"] else end["val"] for end in ends]
-    return {"runs": runs, "best": values.index(min(values)), "documents": len(data.train.labels)}
+    return {**packed(runs), "best": values.index(min(values)), "documents": len(data.train.labels)}
 
 
 def _task(key: str, method: str, settings: list[dict[str, Any]], seconds: float, seed: int, quick: bool, **options: Any) -> Task:
@@ -129,24 +125,6 @@ def compare(quick: bool, results: Results) -> list[Task]:
     return tasks
 
 
-def median(values: list[float | None], digits: str = ".3f") -> str:
-    """'median [lower quartile, upper quartile]' of the runs that have a value; 'k of n' where some have none."""
-    found = sorted(value for value in values if value is not None)
-    if not found:
-        return "-"
-    if len(found) == 1:
-        text = f"{found[0]:{digits}}"
-    else:
-        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-        text = f"{middle:{digits}} [{low:{digits}}, {high:{digits}}]"
-    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
-
-
 def _row(label: str, runs: list[dict[str, Any]], seconds: float) -> list[str]:
     ends = [within(run["records"], seconds) for run in runs]
 
@@ -169,8 +147,8 @@ def report(results: Results, figures_dir: Path, quick: bool) -> str:
     labels = ("AID", "L-BFGS") if quick else (*GRIDS, *_SAME_AS)
 
     def runs_of(prefix: str) -> list[dict[str, Any]]:
-        return [result["runs"][0] for key, result in good.items()
-                if key.rpartition("-seed")[0] == prefix and result["runs"][0]["records"]]  # fmt: skip
+        found = [unpacked(result)[0] for key, result in good.items() if key.rpartition("-seed")[0] == prefix]
+        return [run for run in found if run["records"]]
 
     compared = {label: runs_of(file_name(label)) for label in labels}
     compared = {label: runs for label, runs in compared.items() if runs}

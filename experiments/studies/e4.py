@@ -10,10 +10,10 @@ from experiments import few_shot, figures
 from experiments.budget import within
 from experiments.meta_training import train
 from experiments.studies.base import Results, Study, Task
-from experiments.studies.e3 import file_name, markdown, median
+from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
 
-TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2, 3, 4), (0,)
-TUNING_SECONDS, SECONDS, QUICK_SECONDS, MARKS = 6.0, 15.0, 0.5, (5.0, 15.0)
+TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2), (0,)
+TUNING_SECONDS, SECONDS, QUICK_SECONDS, MARKS = 8.0, 24.0, 0.5, (8.0, 24.0)
 SMALL = {"meta_batch": 2, "judged": 5}
 
 #: as published: 20 lower steps of 1/100, lambda 1, M 1 (ours is twice that, for |s|^3 / 6); momenta and order as in E2
@@ -44,12 +44,12 @@ def run_one(
     method: str, settings: list[dict[str, Any]], seconds: float, seed: int, source: str = "mnist_fashion",
     meta_batch: int = 16, judged: int = 100, data_dir: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`train` with each of `settings`; {"runs", "best": that of the highest accuracy on val episodes at the end}."""
+    """`train` with each of `settings`; {"runs", "records": of each, "best": that of the highest accuracy on val episodes at the end}."""
     classes = _classes(source, data_dir, seed)
     runs = [{**train(method, options, classes, seconds=seconds, seed=seed, meta_batch=meta_batch, judged=judged),
              "options": options} for options in settings]  # fmt: skip
     values = [run["records"][-1]["val_accuracy"] if run["status"] != "failed" else 0.0 for run in runs]
-    return {"runs": runs, "best": values.index(max(values))}
+    return {**packed(runs), "best": values.index(max(values))}
 
 
 def _task(key: str, label: str, settings: list[dict[str, Any]], seconds: float, seed: int, quick: bool) -> Task:
@@ -80,7 +80,7 @@ def compare(quick: bool, results: Results) -> list[Task]:
 
 def report(results: Results, figures_dir: Path, quick: bool) -> str:
     """Accuracy on episodes of unseen classes after so many CPU seconds, and its curves."""
-    runs = {label: [result["runs"][0] for name, result in results.items()
+    runs = {label: [unpacked(result)[0] for name, result in results.items()
                     if "failed" not in result and name.startswith(f"{key(label)}-seed")] for label in GRIDS}  # fmt: skip
     runs = {label: found for label, found in runs.items() if found}
     parts = ["5-way 5-shot accuracy on 100 episodes of classes that training never saw, every head at its minimiser; median"
