@@ -40,6 +40,7 @@ def test_products_keep_dtype_and_agree_with_dense(dtype: torch.dtype) -> None:
         assert product.dtype == dtype
         torch.testing.assert_close(product, expected)
     assert torch.equal(X.to_dense(), D)
+    assert torch.equal(X.to_sparse_csr().to_dense(), D)
     assert X.T.T is X
 
 
