@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import torch_bilevel as tb
-from experiments import few_shot
+from experiments import episodes
 from experiments.budget import BudgetSpent, CpuBudget, forget_peak, peak_gb
 from experiments.config import ConfigError
 from torch_bilevel.counting import OracleCounts
@@ -66,7 +66,7 @@ def make_stepper(name: str, options: Mapping[str, Any], problem: tb.BilevelProbl
 
 
 def train(
-    name: str, options: Mapping[str, Any], classes: Mapping[str, few_shot.Classes], *, seconds: float, seed: int,
+    name: str, options: Mapping[str, Any], classes: Mapping[str, episodes.Classes], *, seconds: float, seed: int,
     meta_batch: int = 16, width: int = 16, judged: int = 100, looks: int = 20, ways: int = 5, shots: int = 5,
     max_steps: int = 10**6,
 ) -> dict[str, Any]:  # fmt: skip
@@ -83,15 +83,15 @@ def train(
     forget_peak()
     torch.manual_seed(seed)
     channels, size = classes["train"].images[0].shape[1:3]
-    backbone = few_shot.Backbone(channels, size, width)
+    backbone = episodes.Backbone(channels, size, width)
     generator = torch.Generator().manual_seed(seed)
-    held = {part: few_shot.sample(classes[part], judged, torch.Generator().manual_seed(seed + 1), ways, shots)
+    held = {part: episodes.sample(classes[part], judged, torch.Generator().manual_seed(seed + 1), ways, shots)
             for part in ("val", "test")}  # fmt: skip
 
-    def fresh() -> few_shot.Episodes:
-        return few_shot.sample(classes["train"], meta_batch, generator, ways, shots)
+    def fresh() -> episodes.Episodes:
+        return episodes.sample(classes["train"], meta_batch, generator, ways, shots)
 
-    problem = few_shot.build(backbone, fresh(), ways=ways)
+    problem = episodes.build(backbone, fresh(), ways=ways)
     stepper = make_stepper(name, options, problem, seed)
     records: list[dict[str, Any]] = []
     budget = CpuBudget(seconds)
@@ -99,8 +99,8 @@ def train(
     def look(step: int, x: Tensor) -> None:
         problem.write(x=x)
         record = {"step": step, "seconds": budget.spent, "oracle_calls": stepper.counts.oracle_calls}
-        for part, episodes in held.items():
-            record[part], record[f"{part}_accuracy"] = few_shot.judge(backbone, episodes, ways=ways)
+        for part, tasks in held.items():
+            record[part], record[f"{part}_accuracy"] = episodes.judge(backbone, tasks, ways=ways)
         records.append(record)
 
     x, step, status, message = problem.x, 0, "max_steps", ""
@@ -109,7 +109,7 @@ def train(
         with budget:
             while step < max_steps:
                 with budget.paused():
-                    batches = few_shot.batches(fresh())
+                    batches = episodes.batches(fresh())
                 x = stepper.step(problem.at(*batches))
                 step += 1
                 if budget.spent >= len(records) * seconds / looks:

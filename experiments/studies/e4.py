@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments import few_shot, figures
+from experiments import episodes, figures
 from experiments.budget import within
 from experiments.meta_training import train
 from experiments.studies.base import Results, Study, Task
@@ -35,9 +35,9 @@ QUICK_LABELS = ("Adam, exact hypergradients", "ifsba (ours)")
 
 
 @lru_cache(maxsize=1)
-def _classes(source: str, data_dir: str | None, seed: int) -> dict[str, few_shot.Classes]:
+def _classes(source: str, data_dir: str | None, seed: int) -> dict[str, episodes.Classes]:
     """Kept for the next task of the same worker."""
-    return few_shot.load_classes(source, data_dir, seed)
+    return episodes.load_classes(source, data_dir, seed)
 
 
 def run_one(

@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import torch_bilevel as tb
-from experiments import few_shot
+from experiments import episodes as few_shot
+from experiments.__main__ import main
 from experiments.config import ConfigError
 from experiments.data import DataError
-from experiments.few_shot import Backbone, Classes, build, judge, load_folder_set, read_class_folders, sample
+from experiments.episodes import Backbone, Classes, build, judge, load_folder_set, read_class_folders, sample
 from experiments.meta_training import FirstOrderStepper, SecondOrderStepper, make_stepper, train
 
 
@@ -154,3 +155,19 @@ def test_training_raises_accuracy_on_unseen_classes_and_repeats() -> None:
     spent = train("adam", {"lr": 1e-2}, classes, **{**options, "seconds": 0.2})
     assert spent["status"] == "budget"
     assert spent["records"][-1]["seconds"] < 1.0
+
+
+def test_command_runs_on_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for part in few_shot.PARTS:
+        write_folders(tmp_path / "FC100" / part, classes=3, images=17)
+    arguments = ["few_shot", "--config", "configs/few_shot/fc100.yaml", "--data-dir", str(tmp_path), "--runs-dir", str(tmp_path / "runs"),
+                 "ways=3", "shots=2", "meta_batch=1", "judged=2", "looks=1", "width=4", "seconds=0.3", "seeds=[0]",
+                 "methods={adam: {lr: 0.01}}"]  # fmt: skip
+    assert main(arguments) == 0
+    assert "adam" in capsys.readouterr().out
+    folder = next((tmp_path / "runs" / "few_shot").iterdir())
+    assert (folder / "figures" / "few_shot.png").is_file()
+    assert main([*arguments[:4], str(tmp_path / "nothing"), *arguments[5:]]) == 2
+    assert "is not at hand" in capsys.readouterr().err
+    assert main(["few_shot", "width=6"]) == 2
+    assert "multiple of 4" in capsys.readouterr().err
