@@ -74,7 +74,6 @@ def interleaved(
         for _ in range(warmup):
             function()
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    gc.collect()
     gc.disable()
     begun = time.perf_counter()
     try:

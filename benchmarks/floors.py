@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,14 @@ class ClosedForm:
         Z = self.X @ V
         Q = self.cP * Z
         return self.X.T @ (Q - self.P * Q.sum(1, keepdim=True)) + self.diagonal * V
+
+    def block(self, V: Tensor) -> Tensor:
+        """g_WW V for V (features, classes, k)."""
+        features, classes, k = V.shape
+        Z = (self.X @ V.view(features, -1)).view(-1, classes, k)
+        Q = self.cP[:, :, None] * Z
+        Q = Q - self.P[:, :, None] * Q.sum(1, keepdim=True)
+        return (self.X.T @ Q.view(-1, classes * k)).view(V.shape) + self.diagonal[:, :, None] * V
 
     def product(self, w: Tensor) -> Tensor:
         """The same for a flat vector; the answer is left as a matrix."""
@@ -87,6 +97,32 @@ class ClosedFormAt:
 def closed_form(setting: Setting) -> ClosedFormAt | None:
     """For a linear softmax layer; None for others."""
     return ClosedFormAt(setting) if len(setting.sizes) == 2 else None
+
+
+def mlp_matmuls(inputs: Tensor, sizes: tuple[int, ...], k: int) -> Callable[[], None]:
+    """The matrix products of k Hessian products of an MLP by the R-operator, and nothing else.
+
+    A layer with input h, weights W, direction V and error e: Rz = h V' + Rh W'; RdW = e' Rh + Re' h; Re = Re W + e V.
+    The first layer has no Rh and needs no Re of its input.
+    """
+    n, gen = len(inputs), torch.Generator().manual_seed(0)
+    layers = []
+    for a, b in zip(sizes, sizes[1:]):
+        h, W, V = (torch.randn(*shape, generator=gen).to(inputs) for shape in ((n, a), (b, a), (k, b, a)))
+        e, Re, Rh = (torch.randn(*shape, generator=gen).to(inputs) for shape in ((n, b), (k * n, b), (k * n, a)))
+        layers.append((h, W, V.reshape(k * b, a), e, Re, Rh))
+
+    def run() -> None:
+        for i, (h, W, V, e, Re, Rh) in enumerate(layers):
+            h @ V.T
+            Re.view(k, n, -1).permute(1, 0, 2).reshape(n, -1).T @ h
+            if i:
+                Rh @ W.T
+                e.T @ Rh.view(k, n, -1).permute(1, 0, 2).reshape(n, -1)
+                Re @ W
+                torch.matmul(e, V.view(k, e.shape[1], -1))
+
+    return run
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None, repeats: int = 5) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ class Contestant:
     most: int
     products: Callable[[int], int | None]
     peer: bool = False
+    errors: dict[int, float] = field(default_factory=dict)
 
 
 class Ours:
@@ -123,23 +124,25 @@ def reference(setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def fewest(contestant: Contestant, target: float, exact: Tensor) -> int | None:
-    """The least effort at which the relative error is at most the target, by bisection; None: not within ``most``."""
+    """The least effort at which the relative error is at most the target, by bisection; None: not within ``most``.
+
+    Errors once measured are kept, so that the next target starts from them.
+    """
 
     def good(effort: int) -> bool:
-        try:
-            found = contestant.run(effort)
-        except tb.BilevelError:
-            return False
-        return float((found.double() - exact).norm() / exact.norm()) <= target
+        if effort not in contestant.errors:
+            try:
+                found = contestant.run(effort)
+                contestant.errors[effort] = float((found.double() - exact).norm() / exact.norm())
+            except tb.BilevelError:
+                contestant.errors[effort] = float("inf")
+        return contestant.errors[effort] <= target
 
     low, high = 0, 1
     while not good(high):
-        low, high = high, 2 * high
-        if high > contestant.most:
-            if low >= contestant.most or not good(contestant.most):
-                return None
-            high = contestant.most
-            break
+        if high == contestant.most:
+            return None
+        low, high = high, min(2 * high, contestant.most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if good(middle) else (middle, high)
@@ -178,11 +181,11 @@ def compare(setting: Setting, args) -> dict:
     """All tables of one problem."""
     print(f"\n## {setting.name}: {setting.dy} unknowns, dx = {len(setting.x)}, {str(setting.x.dtype)[6:]}", flush=True)
     exact, adjoint = reference(setting)
-    field, warm, absent = contestants_of(setting, adjoint, args.quick)
+    everybody, warm, absent = contestants_of(setting, adjoint, args.quick)
     record: dict = {"absent": absent, "targets": {}}
     for target in TARGETS[1:3] if args.quick else TARGETS:
-        efforts = {c.name: fewest(c, target, exact) for c in field}
-        there = [c for c in field if efforts[c.name] is not None]
+        efforts = {c.name: fewest(c, target, exact) for c in everybody}
+        there = [c for c in everybody if efforts[c.name] is not None]
         times = interleaved({c.name: lambda c=c: c.run(efforts[c.name]) for c in there}, args.repeats,
                             max_seconds=args.max_seconds)  # fmt: skip
         products = {c.name: c.products(efforts[c.name]) for c in there}
@@ -191,13 +194,13 @@ def compare(setting: Setting, args) -> dict:
         rows = [
             [c.name, None if c.name not in times else products[c.name], times.get(c.name, "not reached"),
              None if fastest is None or c.name not in times else f"{fastest / times[c.name].median:.2f}"]
-            for c in field
+            for c in everybody
         ]  # fmt: skip
         print(f"\nRelative error {target:g}:\n")
         print(markdown(["who", "products", "ms", "fastest peer / this"], rows), flush=True)
         record["targets"][f"{target:g}"] = {n: {"seconds": t, "products": products[n], "effort": efforts[n]}
                                             for n, t in times.items()}  # fmt: skip
-    record["equal"] = equal_work(setting, field, exact, args)
+    record["equal"] = equal_work(setting, everybody, exact, args)
     record["preparation_seconds"] = warm.preparation
     record["product"] = product_cost(setting, args)
     print(f"\nKept from the outer step before (warm): factor made in {number(warm.preparation)} s, once for many steps.")
@@ -206,10 +209,10 @@ def compare(setting: Setting, args) -> dict:
     return record
 
 
-def equal_work(setting: Setting, field: list[Contestant], exact: Tensor, args) -> dict:
+def equal_work(setting: Setting, everybody: list[Contestant], exact: Tensor, args) -> dict:
     """Milliseconds and error with 20 products for everybody."""
     runs: dict[str, Callable[[], Tensor]] = {"ours, cold": ours_with_products(setting, EQUAL_PRODUCTS)}
-    for c in field:
+    for c in everybody:
         if c.name.startswith("floor") or c.peer:
             steps = next(k for k in range(EQUAL_PRODUCTS, 0, -1) if c.products(k) <= EQUAL_PRODUCTS)
             runs[c.name] = lambda c=c, steps=steps: c.run(steps)

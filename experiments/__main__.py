@@ -19,7 +19,7 @@ from experiments.report import check_run_dir, latest_run_dir, new_run_dir, versi
 from torch_bilevel.errors import BilevelError, ConfigError, nearest
 
 # A module each, with Config, RESUME_KEYS, run(config, run_dir, data_dir, resume) and describe(summary).
-EXPERIMENTS = ("hyper_cleaning", "minimax", "rates", "saddle", "single_loop", "synthetic")
+EXPERIMENTS = ("few_shot", "hyper_cleaning", "minimax", "rates", "saddle", "single_loop", "synthetic")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -49,13 +49,15 @@ from .optimizer import BilevelOptimizer, MinimaxOptimizer
 from .oracles import Evaluation, ImplicitOracle, MinimaxOracle, PenaltyOracle, SingleLoopOracle
 from .problem import BilevelProblem
 from .results import Result, Status, StepReport
+from .sparse import SparseMatrix
 
 __all__ = [
     "GDA", "IMCN", "LMCN", "MCN", "MinimaxOptimizer", "MinimaxOracle", "MinimaxProblem",
     "AID", "Adam", "F2BA", "F2SA", "ITD", "LBFGS", "PAID", "PRAHGD", "RAHGD", "SGD", "StocBiO",
     "BilevelError", "BilevelOptimizer", "BilevelProblem", "Certificate", "ConfigError", "DLCRN", "DoctorReport",
     "Evaluation", "FSBA", "IFSBA", "ImplicitOracle", "LFSBA", "LazySLCRN", "NonFiniteError", "NotStronglyConvexError", "OracleCounts",
-    "PenaltyOracle", "ProblemError", "RandomSearch", "Result", "SLCRN", "ShapeError", "SingleLoopOracle", "SolverError", "Status", "StepReport", "TPE",
+    "PenaltyOracle", "ProblemError", "RandomSearch", "Result", "SLCRN", "ShapeError", "SingleLoopOracle", "SolverError", "SparseMatrix",
+    "Status", "StepReport", "TPE",
     "UnsupportedLayerError", "certify", "cubic", "doctor", "errors", "linalg", "lower", "make_method", "method_names",
     "methods", "minimize", "oracles",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from .counting import OracleCounts
 from .errors import ConfigError
 from .results import StepReport
+from .sparse import SparseMatrix
 
 
 def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
 def to_device(state: Any, device: torch.device) -> Any:
     """The same tree with every tensor on ``device``."""
-    if isinstance(state, torch.Tensor):
+    if isinstance(state, (torch.Tensor, SparseMatrix)):
         return state.to(device)
     if isinstance(state, dict):
         return {key: to_device(value, device) for key, value in state.items()}

@@ -22,6 +22,9 @@ Function = Callable[[Tensor, Tensor], Tensor]
 #: columns per vmapped backward pass: 3-10x cheaper per vector up to SMALL unknowns, and about 2x above, where products
 #: that share the data are folded into one
 BLOCK, SMALL_BLOCK, SMALL = 32, 256, 2048
+#: unknowns from which columns go one by one: a block saves nothing there and is slower (2.6 million: twice), and its
+#: memory is that of as many backward passes
+LARGE = 1_000_000
 
 
 def load_torch_func() -> None:
@@ -218,7 +221,7 @@ class _Graph:
 
     def _block(self, outputs, inputs, cotangents) -> list[Tensor]:
         columns = cotangents[0].shape[1]
-        if columns == 1 or not self._batched:
+        if columns == 1 or not self._batched or self.x.numel() + self.y.numel() >= LARGE:
             singles = [
                 self._backward(outputs, inputs, [c[:, j].contiguous() for c in cotangents], False)
                 for j in range(columns)

@@ -9,10 +9,11 @@ from typing import Any, Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .errors import ProblemError, ShapeError
 from .flat import Layout
+from .sparse import samples
 
 Piece = tuple[float, Callable[[Tensor, Tensor], Tensor]]
 
@@ -26,8 +27,8 @@ class BilevelProblem:
         hyper: what x is: a module (its trainable parameters), a dict of tensors, or one tensor. The losses get an
             object of the same kind.
         lower_loss, upper_loss: ``loss(learner, hyper, batch) -> scalar tensor``, written with ordinary module calls.
-        lower_batch, upper_batch: any tree of tensors (moved to the problem's device), or a re-iterable loader that
-            yields such trees: then the objective is the sum over all its chunks, computed chunk by chunk.
+        lower_batch, upper_batch: any tree of tensors and ``SparseMatrix`` (moved to the problem's device), or a
+            re-iterable loader that yields such trees: then the objective is the sum over all its chunks, computed chunk by chunk.
         reduction: for loaders. 'mean' (default) weights each chunk by its share of the samples, which gives the
             full-batch loss of a loss that averages; 'sum' adds the chunks' losses, for a loss that sums.
         seed: fixes the random numbers of every evaluation (dropout masks), so that the losses are functions.
@@ -355,10 +356,10 @@ def is_loader(batch: Any) -> bool:
 
 
 def _samples(batch: Any) -> int:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    raise ProblemError("a loader's batch holds no tensor with a sample dimension; use reduction='sum'")
+    size = samples(batch)
+    if size is None:
+        raise ProblemError("a loader's batch holds no tensor with a sample dimension; use reduction='sum'")
+    return size
 
 
 def _total_samples(loader: Any) -> int:

@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import common, hyper_hessian, hypergradient, whole_run
+from benchmarks import common, gpu, hyper_hessian, hypergradient, products, scaling, whole_run
 from benchmarks.floors import closed_form
-from benchmarks.problems import softmax, synthetic_cleaning
+from benchmarks.peers import TorchOpt
+from benchmarks.problems import softmax, solved, synthetic_cleaning
+from benchmarks.runs import Judge, torchopt_hypergradient
 from torch_bilevel.counting import OracleCounts
+from torch_bilevel.derivatives import Objective
 
 
 def run(module, tmp_path, *options: str) -> dict:
@@ -44,6 +47,58 @@ def test_hyper_hessian_in_parts(tmp_path):
     assert found["symmetric_error"] < 1e-6
 
 
+def test_products_of_every_learner_and_block(tmp_path):
+    found = run(products, tmp_path)
+    cases = [case for name, case in found.items() if name.split()[0] in ("softmax", "MLP", "conv,")]
+    assert len(cases) == 3
+    for case in cases:
+        assert all(case[k]["seconds"]["ours"]["median"] > 0 for k in ("1", "4", "16", "64"))
+
+
+def test_the_closed_form_block_is_our_product():
+    setting = softmax(quick=True).to(torch.float64)
+    at = Objective(setting.problem(), lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
+    point = closed_form(setting).at(setting.x)
+    W = torch.randn(setting.dy, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    V = torch.stack([point._matrix(w) for w in W.T], dim=2)
+    expected = torch.stack([point._matrix(w) for w in at.yy(W).T], dim=2)
+    assert float((point.block(V) - expected).norm() / expected.norm()) < 1e-12
+    assert float((point.product(W[:, 0]) - expected[:, :, 0]).norm() / expected.norm()) < 1e-12
+
+
+def test_scaling_fits_exponents(tmp_path):
+    found = run(scaling, tmp_path, "--axes", "dx")["dx"]
+    assert found["exponents"]["dense Hessian"]["exponent"]["seconds"] > 0
+    assert scaling.exponent([1, 10, 100], [2.0, 200.0, 20000.0]) == pytest.approx(2.0)
+    assert scaling.exponent([1, 10, 100], [5.0, 7.0, 70.0], from_size=10) == pytest.approx(1.0)
+    assert scaling.exponent([1, 10], [None, 1.0]) is None
+
+
+def test_gpu_says_that_there_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main(["--quick", "--json", str(tmp_path / "found.json")])
+    assert "no CUDA device" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["skipped"] == "no CUDA device"
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_the_cpu(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    found = run(gpu, tmp_path)
+    compared = [value for name, value in found.items() if name.startswith("synthetic")]
+    assert all(case["hypergradient"]["difference"] < 1e-3 for case in compared)
+    assert len(compared) == 1
+
+
+def test_a_problem_never_writes_into_its_setting():
+    setting = solved(synthetic_cleaning(40, 4, 3))
+    x, y = setting.x.clone(), setting.y.clone()
+    setting.problem().write(x=x + 1, y=y + 1)
+    assert torch.equal(setting.x, x)
+    assert torch.equal(setting.y, y)
+
+
 def test_whole_run_keeps_its_runs_and_compares(tmp_path, monkeypatch):
     options = ("--cache", str(tmp_path), "--methods", "auto", "lbfgs", "f2ba", "--max-steps", "8")
     found = run(whole_run, tmp_path, *options, "--problems", "tiny_cleaning")["tiny_cleaning"]
@@ -59,16 +114,10 @@ def test_whole_run_judges_inexact_methods_by_the_exact_value(tmp_path):
     setting = whole_run.tiny_cleaning(None, 0)
     found = whole_run.library_run(setting, "f2ba", 1.0, max_seconds=5.0, max_steps=3, eps=1e-6)
     start = found["records"][0]
-    from benchmarks.runs import Judge
-
     assert start["value"] == pytest.approx(Judge(setting)(setting.x)["value"], rel=1e-9)
 
 
 def test_adam_on_torchopt_gets_our_hypergradient():
-    from benchmarks.peers import TorchOpt
-    from benchmarks.problems import solved
-    from benchmarks.runs import torchopt_hypergradient
-
     if TorchOpt.missing() is not None:
         pytest.skip(f"torchopt: {TorchOpt.missing()}")
     setting = solved(synthetic_cleaning(40, 4, 3).to(torch.float64))
@@ -83,11 +132,9 @@ def test_adam_on_torchopt_gets_our_hypergradient():
 def test_the_closed_form_floor_computes_the_hypergradient(setting):
     exact = setting.to(torch.float64)
     if exact.y is None:
-        from benchmarks.problems import solved
-
         exact = solved(exact)
     expected, _ = hypergradient.reference(exact if exact.x_before is not None else _with_before(exact))
-    found = closed_form(exact).hypergradient(300)
+    found = closed_form(exact).hypergradient(100)
     assert float((found - expected).norm() / expected.norm()) < 1e-8
 
 

@@ -56,7 +56,8 @@ def cg(
 
     Cost: one product per step and unfinished column, one more per column for the true residual, one more with
         x0.
-    Memory: 5 blocks of b's size; ``reorthogonalise`` adds n * iterations per column (twice that with M).
+    Memory: 5 blocks of b's size; ``reorthogonalise`` adds n * iterations per column (twice that with M), up to
+        1 GB: later residuals are orthogonalised against those that fit.
 
     References: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, 4th ed., section 11.5;
         van der Vorst and Ye 2000 (residual replacement).
@@ -213,20 +214,28 @@ class _Recursion:
         self.masked = self.lazy
 
 
+#: bytes that the residuals kept for reorthogonalisation may take
+HISTORY_BYTES = 1e9
+
+
 class _History:
-    """All residuals r_j and z_j = M^{-1} r_j, scaled to r_j'z_j = 1, as rows of (m, capacity, n)."""
+    """The residuals r_j and z_j = M^{-1} r_j, scaled to r_j'z_j = 1, as rows of (m, capacity, n); the first of them
+    where all would take more than HISTORY_BYTES."""
 
     def __init__(self, r: Tensor, z: Tensor, rho: Tensor, preconditioned: bool) -> None:
         n, m = r.shape
         self.count = 0
         self.R = r.new_empty(m, min(n, 32), n)
         self.Z = torch.empty_like(self.R) if preconditioned else self.R
+        self.limit = max(32, int(HISTORY_BYTES / (n * m * r.element_size() * (2 if preconditioned else 1))))
         self.full = False
         self.append(r, z, rho)
 
     def append(self, r: Tensor, z: Tensor, rho: Tensor) -> None:
         if self.count == r.shape[0]:
             self.full = True  # n + 1 orthogonal residuals do not exist: what is left is rounding
+            return
+        if self.count >= self.limit:
             return
         if self.count == self.R.shape[1]:
             same = self.Z is self.R
@@ -251,6 +260,6 @@ class _History:
 
     def _grow(self, basis: Tensor) -> Tensor:
         m, capacity, n = basis.shape
-        bigger = basis.new_empty(m, min(2 * capacity, n), n)
+        bigger = basis.new_empty(m, min(2 * capacity, n, self.limit), n)
         bigger[:, :capacity] = basis
         return bigger

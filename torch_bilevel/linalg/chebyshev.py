@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lanczos import lanczos_extreme
+from .lanczos import affordable_basis, lanczos_extreme
 from .operator import LinearOperator, as_operator
 from .refinement import CONVERGED, NON_FINITE, RUNNING, Cycle, column_norms, refine
 from .solution import Solution, SolveStatus
@@ -45,14 +45,14 @@ def estimate_spectrum(A: LinearOperator | Tensor, seed: int = 0) -> Spectrum:
     """
     A = as_operator(A)
     generator = torch.Generator().manual_seed(seed)
-    high = lanczos_extreme(A, which="max", tol=2e-2, generator=generator, max_basis=min(A.n, 60))
+    high = lanczos_extreme(A, which="max", tol=2e-2, generator=generator, max_basis=affordable_basis(A.n, A.dtype, 60))
     products, bad = high.products, high.status is SolveStatus.NON_FINITE
     low = high
     for tol in (1e-2, 1e-5):
         if bad:
             break
         low = lanczos_extreme(
-            A, which="min", tol=tol, generator=generator, max_basis=min(A.n, 150), max_iterations=300
+            A, which="min", tol=tol, generator=generator, max_basis=affordable_basis(A.n, A.dtype, 150), max_iterations=300
         )
         products, bad = products + low.products, low.status is SolveStatus.NON_FINITE
         if not bad and abs(float(low.value)) > float(low.error_bound):

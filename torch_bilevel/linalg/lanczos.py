@@ -60,7 +60,7 @@ def lanczos_extreme(
         which: "min" or "max".
         tol: stop at error bound <= tol * (the largest |Ritz value|, an estimate of |A|).
         max_iterations: Lanczos steps; default 10 n, at most 1000.
-        max_basis: vectors kept, at least 3 (or n); default min(n, 200).
+        max_basis: vectors kept, at least 3 (or n); default min(n, 200), fewer (but 20) beyond 1 GB.
         generator: of the start, on the CPU or on A's device; None: one seeded with 0.
         start: (n,), nonzero, instead of a random vector. A start close to an eigenvector that is not the
             extreme one can converge to it: give none where the answer is to be a certificate.
@@ -82,7 +82,7 @@ def lanczos_extreme(
     if which not in ("min", "max"):
         raise ValueError(f"which: expected 'min' or 'max', got {which!r}.")
     max_iterations = min(10 * n, 1000) if max_iterations is None else max_iterations
-    max_basis = min(n, 200) if max_basis is None else min(n, max_basis)
+    max_basis = affordable_basis(n, A.dtype, 200) if max_basis is None else min(n, max_basis)
     if max_basis < min(n, 3):
         raise ValueError(f"max_basis: expected at least {min(n, 3)}, got {max_basis}.")
     if max_iterations < 1:
@@ -122,6 +122,11 @@ def lanczos_extreme(
         if basis.size == basis.capacity:
             basis.restart()
     return basis.result(status, tol, iterations)
+
+
+def affordable_basis(n: int, dtype: torch.dtype, wanted: int) -> int:
+    """``wanted`` vectors of length n, at most n, fewer (but 20) where they would take more than 1 GB."""
+    return min(n, wanted, max(20, int(1e9 / (n * torch.finfo(dtype).bits / 8))))
 
 
 class _Basis:

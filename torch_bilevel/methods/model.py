@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cubic import CubicStep, DenseModel, KrylovModel, gradient_descent_step
 from ..errors import ConfigError, nearest
 from ..linalg import FunctionOperator, LinearOperator
+from ..linalg.lanczos import affordable_basis
 
 KINDS = ("auto", "dense", "krylov", "gradient")
 #: negative curvature beyond this share of |H| that a Krylov model is sure to see (with probability 0.99): 16 products at
@@ -47,7 +48,7 @@ class HessianModel:
         check_kind(kind)
         n, dtype = (hessian.n, hessian.dtype) if hessian is not None else (len(state["matrix"]), state["matrix"].dtype)
         if max_basis is None:
-            max_basis = min(200, max(20, int(1e9 / (n * torch.finfo(dtype).bits / 8))))
+            max_basis = affordable_basis(n, dtype, 200)
         self.tol, self.max_basis, self.eps, self.seed = tol, max_basis, eps, seed
         self.kind = kind if kind != "auto" else ("dense" if n <= MAX_DENSE else "krylov")
         if state is not None and state["kind"] != self.kind:

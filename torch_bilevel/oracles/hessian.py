@@ -12,8 +12,8 @@ from ..linalg import LinearOperator
 from ..lower import LowerSystems
 from .evaluation import require_solution
 
-#: columns of the identity at once in ``to_dense``: bounds memory at a few times (dx + dy) * 256 numbers.
-DENSE_BLOCK = 256
+#: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.
+DENSE_BLOCK, BLOCK_NUMBERS = 256, 2**25
 
 
 class HyperHessian(LinearOperator):
@@ -41,7 +41,8 @@ class HyperHessian(LinearOperator):
         systems: LowerSystems,
         tol: float | None = None,
     ):
-        super().__init__(lo.x.numel(), dtype=lo.x.dtype, device=lo.x.device, block_size=DENSE_BLOCK)
+        columns = max(1, min(DENSE_BLOCK, BLOCK_NUMBERS // (lo.x.numel() + lo.y.numel())))
+        super().__init__(lo.x.numel(), dtype=lo.x.dtype, device=lo.x.device, block_size=columns)
         self.lo, self.hi, self.quotient, self.systems, self.tol = lo, hi, quotient, systems, tol
         systems.prepare(lo)  # serves hi as well, as a preconditioner: the two differ by O(delta)
 

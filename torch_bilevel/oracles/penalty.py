@@ -173,6 +173,10 @@ class PenaltyOracle(HyperOracle):
         """d with h_hi,y(lo + delta d) = h_lo,y(lo), by Newton's method on the scaled equation."""
         double = d.dtype == torch.float64
         tol, linear_tol = (1e-9, 1e-10) if double else (3e-6, 1e-5)
+        if self.lower_tol is not None:  # the user's accuracy, where it is a looser one
+            tol = max(tol, self.lower_tol)
+        if self.systems.tol is not None:
+            linear_tol = max(linear_tol, self.systems.tol)
         kept: tuple[Tensor, Quotient] | None = None
         best = length = math.inf
         for attempt in range(12):

@@ -1,0 +1,130 @@
+"""The cost of a product with the lower Hessian: single, and per vector in blocks, against closed forms; and its memory.
+
+    python -m benchmarks.products --data-dir DATA --threads 2 [--json FILE]
+
+Products come from one recorded gradient (``Linearisation.yy``), as every solver of the library takes them. Floors: for a
+softmax layer the closed form, two matrix products a block; for the MLP its matrix products alone, six a layer and four less
+at the ends. Memory: the rise of the resident set while a block is multiplied; 'recorded' is what the recorded graph holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import torch_bilevel as tb
+from benchmarks.common import begin, finish, interleaved, markdown, number, parser_of, peak_memory
+from benchmarks.floors import closed_form, mlp_matmuls
+from benchmarks.problems import Setting, images
+from torch_bilevel.counting import OracleCounts
+from torch_bilevel.derivatives import Objective
+
+BLOCKS = (1, 4, 16, 64, 256)
+
+
+@dataclass
+class Case:
+    """One lower level; ``floor(k)`` makes the function that computes a block of k by hand, None where there is none."""
+
+    name: str
+    problem: tb.BilevelProblem
+    floor: Callable[[int], Callable[[], object]] | None = None
+    blocks: tuple[int, ...] = BLOCKS
+
+
+def layered(name: str, n: int, side: int, hidden: tuple[int, ...], classes: int, dtype: torch.dtype) -> Case:
+    """A softmax layer or a tanh MLP on n synthetic images, one L2 weight per feature."""
+    inputs, labels = images(n, side, classes, 0)
+    sizes = (side * side, *hidden, classes)
+    data = (inputs.to(dtype), labels)
+    setting = Setting(name, sizes, not hidden, "log_l2", 1e-3, data, data, torch.full((side * side,), -6.0, dtype=dtype))
+    setting.y = 0.05 * torch.randn(setting.dy, generator=torch.Generator().manual_seed(0)).to(dtype)
+    by_hand = closed_form(setting)
+    if by_hand is None:
+        return Case(name, setting.problem(), lambda k: mlp_matmuls(data[0], sizes, k), BLOCKS[:4])
+    point = by_hand.at(setting.x)
+
+    def floor(k: int) -> Callable[[], Tensor]:
+        V = torch.randn(point.X.shape[1], classes, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return lambda: point.block(V)
+
+    return Case(name, setting.problem(), floor)
+
+
+def conv(n: int, side: int = 28) -> Case:
+    """Two strided convolutions and a linear layer on n synthetic images, one weight per sample; float32."""
+    inputs, labels = images(n, side, 10, 0)
+    inputs = inputs.float().view(n, 1, side, side)
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 8, 3, stride=2), nn.Tanh(), nn.Conv2d(8, 16, 3, stride=2), nn.Tanh(), nn.Flatten()]
+    width = nn.Sequential(*body)(inputs[:1]).shape[1]
+    learner = nn.Sequential(*body, nn.Linear(width, 10))
+
+    def lower(learner: nn.Module, x: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses = cross_entropy(learner(batch[0]), batch[1], reduction="none")
+        return (x.sigmoid() * losses).mean() + 1e-2 * sum(p.square().sum() for p in learner.parameters())
+
+    def upper(learner: nn.Module, x: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(learner(batch[0]), batch[1])
+
+    data = (inputs, labels)
+    return Case(f"conv, {n} images", tb.BilevelProblem(learner, torch.zeros(n), lower, upper, data, data), None, BLOCKS[:4])
+
+
+def measure(case: Case, args) -> dict:
+    """Milliseconds per vector and memory for every block size, the library's and the floor's in turns."""
+    problem = case.problem
+    record: dict = {"dy": problem.dy}
+    h = Objective(problem, lower=1.0, counts=OracleCounts())
+    h.linearise(problem.x, problem.y, "y")  # what PyTorch loads on first use is not the graph's
+    recorded, at = peak_memory(lambda: h.linearise(problem.x, problem.y, "y"))
+    rows = []
+    for k in case.blocks:
+        V = torch.randn(problem.dy, k, generator=torch.Generator().manual_seed(2)).to(problem.dtype)
+        right = V[:, 0].contiguous() if k == 1 else V
+        runs: dict[str, Callable[[], object]] = {"ours": lambda right=right: at.yy(right)}
+        if case.floor is not None:
+            runs["floor"] = case.floor(k)
+        times = interleaved(runs, args.repeats, max_seconds=args.max_seconds / len(case.blocks))
+        memory, _ = peak_memory(runs["ours"])
+        ours, floor = times["ours"], times.get("floor")
+        low, high = ours.quartiles
+        rows.append([k, f"{number(ours.median * 1e3 / k)} ({number(low * 1e3 / k)}-{number(high * 1e3 / k)})",
+                     None if floor is None else floor.median * 1e3 / k,
+                     None if floor is None else ours.median / floor.median, memory])  # fmt: skip
+        record[str(k)] = {"seconds": times, "peak_mb": memory}
+    print(f"\n## {case.name}: dy = {problem.dy}, {str(problem.dtype)[6:]}; recorded {number(recorded)} MB\n")
+    print(markdown(["block", "ours, ms a vector", "floor, ms a vector", "ours / floor", "peak MB"], rows), flush=True)
+    return {**record, "recorded_mb": recorded}
+
+
+def cases(quick: bool) -> list[Callable[[], Case]]:
+    """Makers, so that only one is in memory."""
+    if quick:
+        return [lambda: layered("softmax 50 x 9 x 2", 50, 3, (), 2, torch.float64),
+                lambda: layered("MLP 16-8-3", 30, 4, (8,), 3, torch.float32), lambda: conv(6, 12)]  # fmt: skip
+    return [
+        lambda: layered("softmax 478 x 9 x 2", 478, 3, (), 2, torch.float64),
+        lambda: layered("softmax 5000 x 784 x 10", 5000, 28, (), 10, torch.float32),
+        lambda: layered("MLP 784-256-128-10, 1000 images", 1000, 28, (256, 128), 10, torch.float32),
+        lambda: conv(200),
+    ]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = parser_of(__doc__)
+    args = begin(parser, argv)
+    record: dict = {}
+    for make in cases(args.quick):
+        case = make()
+        record[case.name] = measure(case, args)
+        finish(args, record)
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""E4: few-shot meta-learning, a linear head per task on a shared backbone: methods within equal CPU seconds."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from experiments import episodes, figures
+from experiments.budget import within
+from experiments.meta_training import train
+from experiments.studies.base import Results, Study, Task
+from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
+
+TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2), (0,)
+TUNING_SECONDS, SECONDS, QUICK_SECONDS, MARKS = 5.0, 15.0, 0.5, (5.0, 15.0)
+SMALL = {"meta_batch": 2, "judged": 5}
+
+#: as published: 20 lower steps of 1/100, lambda 1, M 1 (ours is twice that, for |s|^3 / 6); momenta and order as in E2
+_IFSBA = {"period": 1, "scheme": "forward", "adaptive": False, "penalty": 1.0, "solver": "chebyshev", "chebyshev_order": 8,
+          "subproblem": "gradient", "lower": {"name": "agd", "steps": 20, "step": 0.01, "momentum": 0.9}}  # fmt: skip
+_ADAM = {"upper_optimizer": "Adam"}
+_OURS = {"hessian_tol": 0.1, "lower_tol": 1e-3, "linear_tol": 1e-3, "penalty": 1e2, "model_tol": 0.3}
+#: three settings each; the first of IFSBA is the published one
+GRIDS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "AID": ("aid", [{"lower_steps": 20, "lr": 0.1}, {"lower_steps": 20, "lr": 3e-3, **_ADAM}, {"lower_steps": 20, "lr": 1e-2, **_ADAM}]),
+    "ITD": ("itd", [{"lower_steps": 20, "lr": 0.1}, {"lower_steps": 20, "lr": 3e-3, **_ADAM}, {"lower_steps": 20, "lr": 1e-2, **_ADAM}]),
+    "F2BA": ("f2ba", [{"lower_steps": 20, "lr": 0.1}, {"lower_steps": 20, "lr": 3e-3, **_ADAM}, {"lower_steps": 20, "lr": 1e-2, **_ADAM}]),
+    "Adam, exact hypergradients": ("adam", [{"lr": lr, "lower_tol": 1e-3, "linear_tol": 1e-3} for lr in (1e-3, 3e-3, 1e-2)]),
+    "IFSBA": ("ifsba", [{**_IFSBA, "cubic_reg": M} for M in (2.0, 20.0, 200.0)]),
+    "ifsba (ours)": ("ifsba", [{**_OURS, "period": 1}, {**_OURS, "period": "adaptive"},
+                               {**_OURS, "period": 1, "adaptive": False, "cubic_reg": 20.0}]),
+}  # fmt: skip
+QUICK_LABELS = ("Adam, exact hypergradients", "ifsba (ours)")
+
+
+@lru_cache(maxsize=1)
+def _classes(source: str, data_dir: str | None, seed: int) -> dict[str, episodes.Classes]:
+    """Kept for the next task of the same worker."""
+    return episodes.load_classes(source, data_dir, seed)
+
+
+def run_one(
+    method: str, settings: list[dict[str, Any]], seconds: float, seed: int, source: str = "mnist_fashion",
+    meta_batch: int = 16, judged: int = 100, data_dir: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`train` with each of `settings`; {"runs", "records": of each, "best": that of the highest accuracy on val episodes at the end}."""
+    classes = _classes(source, data_dir, seed)
+    runs = [{**train(method, options, classes, seconds=seconds, seed=seed, meta_batch=meta_batch, judged=judged),
+             "options": options} for options in settings]  # fmt: skip
+    values = [run["records"][-1]["val_accuracy"] if run["status"] != "failed" else 0.0 for run in runs]
+    return {**packed(runs), "best": values.index(max(values))}
+
+
+def _task(key: str, label: str, settings: list[dict[str, Any]], seconds: float, seed: int, quick: bool) -> Task:
+    arguments = {"method": GRIDS[label][0], "settings": settings, "seconds": seconds, "seed": seed}
+    return Task(key, "experiments.studies.e4:run_one", arguments | (SMALL if quick else {}), memory_gb=2.0)
+
+
+def tune(quick: bool, results: Results) -> list[Task]:
+    """Three settings of every method, on a seed (classes, backbone, episodes) of its own. The quick version takes the first."""
+    return [_task(f"tune-{key(label)}", label, settings, TUNING_SECONDS, TUNING_SEED, quick)
+            for label, (_, settings) in ({} if quick else GRIDS).items()]  # fmt: skip
+
+
+def key(label: str) -> str:
+    return file_name(label.split(",")[0])
+
+
+def chosen(label: str, results: Results) -> dict[str, Any]:
+    return GRIDS[label][1][results.get(f"tune-{key(label)}", {}).get("best", 0)]
+
+
+def compare(quick: bool, results: Results) -> list[Task]:
+    """The chosen settings on every seed."""
+    return [_task(f"{key(label)}-seed{seed}", label, [chosen(label, results)], QUICK_SECONDS if quick else SECONDS, seed, quick)
+            for seed in (QUICK_SEEDS if quick else SEEDS) for label in (QUICK_LABELS if quick else GRIDS)]  # fmt: skip
+
+
+def report(results: Results, figures_dir: Path, quick: bool) -> str:
+    """Accuracy on episodes of unseen classes after so many CPU seconds, and its curves."""
+    runs = {label: [unpacked(result)[0] for name, result in results.items()
+                    if "failed" not in result and name.startswith(f"{key(label)}-seed")] for label in GRIDS}  # fmt: skip
+    runs = {label: found for label, found in runs.items() if found}
+    parts = ["5-way 5-shot accuracy on 100 episodes of classes that training never saw, every head at its minimiser; median"
+             " [quartiles] over the seeds (class split, initial backbone, meta-batches)."]  # fmt: skip
+    for seconds in (QUICK_SECONDS,) if quick else MARKS:
+        rows = []
+        for label, found in runs.items():
+            ends = [within(run["records"], seconds) for run in found]
+            failed = sum(run["status"] == "failed" for run in found)
+            rows.append([label, median([_percent(end["test_accuracy"]) for end in ends], ".1f"),
+                         median([end["test"] for end in ends]), median([end["step"] for end in ends], ".0f"),
+                         median([end["oracle_calls"] for end in ends], ".0f"),
+                         f"{failed} of {len(found)}"])  # fmt: skip
+        header = ["method", "test accuracy %", "test CE", "meta-batches", "gradients and products", "runs that diverged later or before"]
+        parts += [f"### After {seconds:g} CPU seconds", markdown(header, rows)]
+    start = next(iter(runs.values()))
+    parts.append("The untrained backbone: " + median([_percent(run["records"][0]["test_accuracy"]) for run in start], ".1f") + " %.")
+    rows = [[label, f"`{GRIDS[label][0]}`", f"`{chosen(label, results)}`"] for label in runs]
+    parts += ["### Settings chosen from three each, on a seed of their own", markdown(["method", "name", "options"], rows)]
+    name = figures.curves(
+        figures_dir / "E4_curves.png", {label: found[0]["records"] for label, found in runs.items()},
+        {"test_accuracy": "test accuracy", "val": "validation CE"}, {"seconds": "CPU seconds", "oracle_calls": "gradients and products"},
+        log_columns=["oracle_calls"],
+    ).name  # fmt: skip
+    parts.append(f"![Curves of seed 0](figures/{name})")
+    return "\n\n".join(parts)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100.0 * share
+
+
+STUDY = Study("E4", "Few-shot learning: heads per task on a shared backbone", (tune, compare), report,
+              needs=("mnist", "fashion_mnist"))  # fmt: skip
