@@ -45,8 +45,8 @@ def follow(
 
     With `growth` above 1 the next record is at `growth` times the step of the last one, if that is later. With
     `learner`, `measure(x, y)` is also given the learner (dy,) as the method holds it, and the answer has the last
-    "x" (dx,) and "y". `bounds`: of `minimize`. With `clock` (time.process_time), seconds and `max_seconds` are its own: processor
-    time of a single thread does not depend on what else the machine is doing.
+    "x" (dx,) and "y". `bounds`: of `minimize`. With `clock` (time.process_time), seconds and `max_seconds` are its own:
+    processor time of a single thread does not depend on what else the machine is doing.
 
     Returns:
         {"status", "records", "counts", "seconds"}; a record has step, oracle_calls, seconds, hessians and the measures.
@@ -78,8 +78,10 @@ def follow(
         return not stop
 
     try:
-        result = tb.minimize(problem, make_method(method, dict(options)), max_steps=max_steps, callback=watch, seed=seed,
-                             gradient_tol=gradient_tol, max_seconds=None if clock else max_seconds, bounds=bounds)  # fmt: skip
+        result = tb.minimize(
+            problem, make_method(method, dict(options)), max_steps=max_steps, callback=watch, seed=seed,
+            gradient_tol=gradient_tol, max_seconds=None if clock else max_seconds, bounds=bounds,
+        )  # fmt: skip
     except tb.BilevelError as error:
         if not isinstance(error.result, tb.Result):
             raise  # it did not start
@@ -87,7 +89,8 @@ def follow(
     last = result.history[-1] if result.history else None
     if last is not None and (not records or records[-1]["step"] != last.step):
         note(last, result.x, result.y)
-    answer = {"status": result.status.name.lower(), "message": result.message, "records": records, "counts": result.counts.as_dict(),
+    answer = {"status": result.status.name.lower(), "message": result.message, "records": records,
+              "counts": result.counts.as_dict(),
               "seconds": records[-1]["seconds"] if clock and records else result.seconds}  # fmt: skip
     return {**answer, "x": result.x, "y": result.y} if learner else answer
 

@@ -73,7 +73,8 @@ def curves(
             axis.set_xlabel(column_label)
             axis.set_ylabel(row_label)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+            if axis.lines:
+                axis.legend(fontsize=7)
     return _save(figure, path)
 
 

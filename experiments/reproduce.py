@@ -21,9 +21,15 @@ NOTES = Path(__file__).resolve().parent / "studies" / "notes"
 
 
 def reproduce(
-    study: Study, quick: bool = False, jobs: int | None = None, data_dir: str | None = None, out: Path | None = None,
-    fresh: bool = False, runs_dir: Path = Path("runs"), progress: bool = False,
-) -> Path:  # fmt: skip
+    study: Study,
+    quick: bool = False,
+    jobs: int | None = None,
+    data_dir: str | None = None,
+    out: Path | None = None,
+    fresh: bool = False,
+    runs_dir: Path = Path("runs"),
+    progress: bool = False,
+) -> Path:
     """Run the stages of `study`, then write out/NAME.md, out/NAME.json and out/figures/NAME_*.png.
 
     Args:
@@ -52,8 +58,14 @@ def reproduce(
     results, figures = results_of(records), out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     body = study.report(results, figures, quick)
-    text = "\n\n".join(part.strip() for part in (_header(study, records, quick), _notes(study, quick), body,
-                                                 _failures(results)) if part) + "\n"  # fmt: skip
+    text = (
+        "\n\n".join(
+            part.strip()
+            for part in (_header(study, records, quick), _notes(study, quick), body, _failures(results))
+            if part
+        )
+        + "\n"
+    )
     path = out / f"{study.name}.md"
     path.write_text(text, encoding="utf-8")
     _write_numbers(out / f"{study.name}.json", records)
@@ -86,14 +98,15 @@ def _header(study: Study, records: Mapping[str, Mapping[str, Any]], quick: bool)
         "",
         f"- Machine: {'; '.join(machines)}, one thread a run, {jobs} at a time; {minutes:.0f} core-minutes in all.",
         f"- Versions: Python {versions()['python']}, {used}; source revision {', '.join(revisions)}.",
-        f"- Seeds: {', '.join(map(str, seeds)) or 'none'}; {len(records)} runs. Every number below is made by the command above"
+        f"- Seeds: {', '.join(map(str, seeds)) or 'none'}; {len(records)} runs. Every number below is made by the"
+        " command above"
         f" from their records; those of each run are in [{study.name}.json]({study.name}.json), without the curves.",
     ]
     return "\n".join(lines)
 
 
 def _notes(study: Study, quick: bool) -> str:
-    """What was found, by hand: studies/notes/NAME.md, where there is one; not under a quick report, which has other numbers."""
+    """What was found, by hand: studies/notes/NAME.md; not under a quick report, which has other numbers."""
     path = NOTES / f"{study.name}.md"
     return path.read_text(encoding="utf-8") if path.is_file() and not quick else ""
 
@@ -121,20 +134,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("study", help=f"one of: {', '.join(STUDIES)}")
     parser.add_argument("--quick", action="store_true", help="a minute's version that shows that everything runs")
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes at most (default: one per core)")
-    parser.add_argument("--data-dir", metavar="DIR", help=f"where the data sets are (default: ${ENVIRONMENT}, else ./data)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="of the report (default: docs/results; with --quick beside the kept results)")  # fmt: skip
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help=f"where the data sets are (default: ${ENVIRONMENT}, else ./data)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="of the report (default: docs/results; with --quick beside the kept results)",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget kept results of this study")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="of kept results (default: runs)")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="of kept results (default: runs)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a worker died, 2 wrong arguments or missing data, 130 interrupted (resume: same command)."""
+    """Exit status: 0 done, 1 a worker died, 2 wrong arguments or missing data, 130 interrupted (then resume)."""
     args = _parser().parse_args(argv)
     try:
         study = load_study(args.study)
-        path = reproduce(study, args.quick, args.jobs, args.data_dir, args.out, args.fresh, args.runs_dir, progress=True)
+        path = reproduce(
+            study, args.quick, args.jobs, args.data_dir, args.out, args.fresh, args.runs_dir, progress=True
+        )
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept: the same command (without --fresh) goes on", file=sys.stderr)
         return 130

@@ -58,7 +58,7 @@ def available_gb() -> float:
 
 
 def call(task: Task, data_dir: str | None) -> dict[str, Any]:
-    """The task's record: its result, or {"failed": message} after a BilevelError; seconds, machine and source revision."""
+    """The task's record: its result, or {"failed": message} after a BilevelError; seconds, machine and revision."""
     torch.set_num_threads(1)
     module, name = task.function.split(":")
     function = getattr(importlib.import_module(module), name)
@@ -68,8 +68,14 @@ def call(task: Task, data_dir: str | None) -> dict[str, Any]:
     except BilevelError as error:
         result = {"failed": f"{type(error).__name__}: {error}"}
     seconds = time.perf_counter() - started
-    return {"function": task.function, "arguments": plain(task.arguments), "result": result, "seconds": seconds,
-            "machine": machine_kind(), "revision": versions()["revision"]}  # fmt: skip
+    return {
+        "function": task.function,
+        "arguments": plain(task.arguments),
+        "result": result,
+        "seconds": seconds,
+        "machine": machine_kind(),
+        "revision": versions()["revision"],
+    }
 
 
 def _end_with_parent() -> None:
@@ -170,7 +176,9 @@ def run_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     records = {task.key: kept(folder, task) for task in tasks}
     todo = [task for task in tasks if records[task.key] is None]
-    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=progress, unit="run", disable=progress is None) as bar:
+    with tqdm(
+        total=len(tasks), initial=len(tasks) - len(todo), desc=progress, unit="run", disable=progress is None
+    ) as bar:
         for task, record in workers.run(todo, data_dir):
             records[task.key] = {**record, "jobs": workers.jobs}
             write_json(folder / f"{task.key}.json", records[task.key])

@@ -1,4 +1,4 @@
-"""The published comparisons that `python -m experiments reproduce NAME` runs: a module `e1.py` ... with a STUDY each."""
+"""The published comparisons that `python -m experiments reproduce NAME` runs: modules with a STUDY each."""
 
 from __future__ import annotations
 

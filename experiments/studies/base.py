@@ -51,8 +51,8 @@ class Study:
             grid on a seed of its own, then the runs with the best settings.
         report: `report(results, figures_dir, quick)` draws `figures_dir/NAME_*.png` and returns the body in Markdown; a
             result is what the task returned, or {"failed": message}.
-        needs: data sets that must be at hand: names of `experiments.data`, or `"module:function"`, called with data_dir,
-            which raises DataError.
+        needs: data sets that must be at hand: names of `experiments.data`, or `"module:function"`, called with
+            data_dir, which raises DataError.
     """
 
     name: str

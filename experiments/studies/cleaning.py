@@ -28,12 +28,26 @@ def published(name: str) -> dict[str, Any]:
 
 
 def run_task(
-    key: str, data: Mapping[str, Any], seed: int, method: str, options: Mapping[str, Any], max_seconds: float,
-    max_steps: int = 1_000_000, finish: bool = True, memory_gb: float = 1.0,
-) -> Task:  # fmt: skip
+    key: str,
+    data: Mapping[str, Any],
+    seed: int,
+    method: str,
+    options: Mapping[str, Any],
+    max_seconds: float,
+    max_steps: int = 1_000_000,
+    finish: bool = True,
+    memory_gb: float = 1.0,
+) -> Task:
     """The task of `run_one`."""
-    arguments = {"data": dict(data), "seed": seed, "method": method, "options": dict(options),
-                 "max_seconds": max_seconds, "max_steps": max_steps, "finish": finish}  # fmt: skip
+    arguments = {
+        "data": dict(data),
+        "seed": seed,
+        "method": method,
+        "options": dict(options),
+        "max_seconds": max_seconds,
+        "max_steps": max_steps,
+        "finish": finish,
+    }
     return Task(key, "experiments.studies.cleaning:run_one", arguments, memory_gb)
 
 
@@ -55,9 +69,15 @@ def _started(data: Mapping[str, Any], seed: int, data_dir: str | None) -> hyper_
 
 
 def run_one(
-    data: Mapping[str, Any], seed: int, method: str, options: Mapping[str, Any], max_seconds: float, max_steps: int,
-    finish: bool = True, data_dir: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    data: Mapping[str, Any],
+    seed: int,
+    method: str,
+    options: Mapping[str, Any],
+    max_seconds: float,
+    max_steps: int,
+    finish: bool = True,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
     """One method on one problem, for `max_seconds` of its own processor time (one thread) or `max_steps`.
 
     Args:
@@ -65,8 +85,8 @@ def run_one(
         finish: also train y*(x) and the retrained learner at the end (minutes for 50,000 samples).
 
     Returns:
-        status, seconds, counts; records, each with step, seconds, oracle_calls, hessians, the scores of the learner held
-        (test_loss, test_accuracy, validation_loss), f1, and for small learners `objective`, the exact
+        status, seconds, counts; records, each with step, seconds, oracle_calls, hessians, the scores of the learner
+        held (test_loss, test_accuracy, validation_loss), f1, and for small learners `objective`, the exact
         upper objective f(x, y*(x)). The last ones again under their names, with precision, recall,
         and with `finish` `objective`, as `exact_` the test scores of y*(x), and those of the retrained learner.
     """
@@ -91,9 +111,19 @@ def run_one(
         return {**record, "objective": exact(x)["objective"]} if small else record
 
     followed = comparison.follow(
-        task.problem, method, options, measure, max_steps=max_steps, gradient_tol=1e-7, seed=seed, growth=1.15,
-        max_seconds=max_seconds, bounds=task.bounds, learner=True, clock=time.process_time,
-    )  # fmt: skip
+        task.problem,
+        method,
+        options,
+        measure,
+        max_steps=max_steps,
+        gradient_tol=1e-7,
+        seed=seed,
+        growth=1.15,
+        max_seconds=max_seconds,
+        bounds=task.bounds,
+        learner=True,
+        clock=time.process_time,
+    )
     x, y = followed.pop("x"), followed.pop("y")
     detection = detect_clean(task.sample_weights(x), task.corrupted)
     answer = {

@@ -37,7 +37,7 @@ TUNED: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
 def fixed() -> dict[str, tuple[str, dict[str, Any]]]:
     """Methods that are not tuned: published constants, L-BFGS, ours.
 
-    The published expansion of order 8 need not come near an answer of the lower systems: IFSBA also with CG in its place.
+    The published expansion of order 8 need not come near an answer of the lower systems: IFSBA also with CG instead.
     """
     ifsba = published("mnist_ifsba_published")
     return {
@@ -45,7 +45,10 @@ def fixed() -> dict[str, tuple[str, dict[str, Any]]]:
         "auto (ours)": ("auto", {}),
         "F2BA published": ("f2ba", published("mnist_f2ba")),
         "IFSBA published": ("ifsba", ifsba),
-        "IFSBA published, CG": ("ifsba", {**{k: v for k, v in ifsba.items() if k != "chebyshev_order"}, "solver": "cg"}),
+        "IFSBA published, CG": (
+            "ifsba",
+            {**{k: v for k, v in ifsba.items() if k != "chebyshev_order"}, "solver": "cg"},
+        ),
         "LFSBA (ours)": ("lfsba", {}),
     }
 
@@ -100,13 +103,29 @@ def runs(quick: bool, results: Results) -> list[Task]:
         data = data_of(dataset, setting, size == "50000", quick)
         seconds = {"5000": BUDGET, "50000": BUDGET_FULL, "long": BUDGET_LONG}[size]
         if size != "long":
-            tasks.append(Task(key(dataset, setting, "references", seed, size), "experiments.studies.cleaning:references",
-                              {"data": data, "seed": seed}, 2.0 if size == "5000" else 4.0))  # fmt: skip
+            tasks.append(
+                Task(
+                    key(dataset, setting, "references", seed, size),
+                    "experiments.studies.cleaning:references",
+                    {"data": data, "seed": seed},
+                    2.0 if size == "5000" else 4.0,
+                )
+            )
         for label in labels:
             method, options = chosen[label]
-            tasks.append(run_task(key(dataset, setting, label, seed, size), data, seed, method, options,
-                                  2.0 if quick else seconds, 2 if quick else 1_000_000, size != "50000",
-                                  2.0 if size != "50000" else 4.0))  # fmt: skip
+            tasks.append(
+                run_task(
+                    key(dataset, setting, label, seed, size),
+                    data,
+                    seed,
+                    method,
+                    options,
+                    2.0 if quick else seconds,
+                    2 if quick else 1_000_000,
+                    size != "50000",
+                    2.0 if size != "50000" else 4.0,
+                )
+            )
 
     short = [label for label in chosen if label != "LFSBA (ours)"]
     if quick:

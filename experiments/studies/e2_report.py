@@ -13,29 +13,43 @@ from experiments.studies.base import Results
 from experiments.studies.tables import best_of, leader, markdown, median_curve, number, quartiles, stopped, with_gap
 
 NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
-SETTING_NAMES = {"half": "50 % uniform noise, reg 0.001 (setting of F2BA)", "quarter": "25 % uniform noise, reg 0.001 (setting of IFSBA)",
-                 "shift": "50 % shifted labels, reg 0.01 (setting of LancBiO)"}  # fmt: skip
+SETTING_NAMES = {
+    "half": "50 % uniform noise, reg 0.001 (setting of F2BA)",
+    "quarter": "25 % uniform noise, reg 0.001 (setting of IFSBA)",
+    "shift": "50 % shifted labels, reg 0.01 (setting of LancBiO)",
+}
 LEVELS = (1e-1, 3e-2, 1e-2)
 #: test accuracy % (loss) reported by Chen, Ma, Zhang (JMLR 2025) for 50,000 samples and 50 % noise
-REPORTED = {"mnist": "84.0 % (.814) on noisy training + validation, 91.1 % (.315) on validation only, 92.5 % (.266) on clean data",
-            "fashion_mnist": "81.7, 82.4 and 84.5 %"}  # fmt: skip
-REFERENCES = {"noisy": "noisy training set", "noisy_and_validation": "noisy training + validation", "validation_only": "validation only",
-              "clean": "clean training set (not to be had)"}  # fmt: skip
+REPORTED = {
+    "mnist": "84.0 % (.814) on noisy training + validation, 91.1 % (.315) on validation only, 92.5 % (.266) on clean"
+    " data",
+    "fashion_mnist": "81.7, 82.4 and 84.5 %",
+}
+REFERENCES = {
+    "noisy": "noisy training set",
+    "noisy_and_validation": "noisy training + validation",
+    "validation_only": "validation only",
+    "clean": "clean training set (not to be had)",
+}
 
 ABOUT = f"""## What was run
 
-One weight `sigmoid(x_i)` per training sample, from 1/2; lower level `mean_i sigmoid(x_i) CE_i + reg |w|^2` over a linear softmax layer (dy = 7850) from
-zero, upper level the validation cross-entropy; one global mean and standard deviation; float32. Three published settings (noise and regularisation), at 5000 / 5000 / 10,000 samples (the split
-of LancBiO; the other two have 50,000 / 10,000 / 10,000) and the first also at 50,000. LancBiO's runs are in float64 and also at 80 % noise: not run here. A seed draws split and noise.
+One weight `sigmoid(x_i)` per training sample, from 1/2; lower level `mean_i sigmoid(x_i) CE_i + reg |w|^2` over a
+linear softmax layer (dy = 7850) from zero, upper level the validation cross-entropy; one global mean and standard
+deviation; float32. Three published settings (noise and regularisation), at 5000 / 5000 / 10,000 samples (the split of
+LancBiO; the other two have 50,000 / 10,000 / 10,000) and the first also at 50,000. LancBiO's runs are in float64 and
+also at 80 % noise: not run here. A seed draws split and noise.
 
-"F2BA published": lambda 10, upper step 100, 10 lower steps of 0.01. "IFSBA published": the constants of the public code that accompanies arXiv 2605.06431 for 25 % noise.
-"Ours": all defaults. L-BFGS (exact hypergradients) has no step to tune. AID, ITD, RAHGD, F2BA and Adam have the best of the upper steps below, tuned once on MNIST with
-50 % noise and seed {e2.TUNING_SEED}, and used for every setting.
+"F2BA published": lambda 10, upper step 100, 10 lower steps of 0.01. "IFSBA published": the constants of the public
+code that accompanies arXiv 2605.06431 for 25 % noise. "Ours": all defaults. L-BFGS (exact hypergradients) has no step
+to tune. AID, ITD, RAHGD, F2BA and Adam have the best of the upper steps below, tuned once on MNIST with 50 % noise
+and seed {e2.TUNING_SEED}, and used for every setting.
 
-Seconds are processor seconds of one thread, measuring not counted; a run ends after {e2.BUDGET:g} of them ({e2.BUDGET_FULL:g} at 50,000 samples). Oracle calls are gradients and
-Hessian-vector products of both levels. While it runs a method is followed by the losses of the learner it holds; *validation loss* is that; the
-*upper objective* at the end is `f(x, y*(x))` with the lower level trained anew by L-BFGS (gradient norm 2e-3). "Retrained" is what one would
-ship: trained on the weighted training samples and the validation samples together."""
+Seconds are processor seconds of one thread, measuring not counted; a run ends after {e2.BUDGET:g} of them
+({e2.BUDGET_FULL:g} at 50,000 samples). Oracle calls are gradients and Hessian-vector products of both levels. While
+it runs a method is followed by the losses of the learner it holds; *validation loss* is that; the *upper objective*
+at the end is `f(x, y*(x))` with the lower level trained anew by L-BFGS (gradient norm 2e-3). "Retrained" is what one
+would ship: trained on the weighted training samples and the validation samples together."""
 
 
 def report(results: Results, folder: Path, quick: bool) -> str:
@@ -55,9 +69,10 @@ def _tuning(results: Results) -> str:
     for label, (_, _, grid) in e2.TUNED.items():
         losses = [results.get(f"tune-{label}-{lr:g}", {}).get("validation_loss") for lr in grid]
         tried = ", ".join(f"{lr:g} ({number(loss)})" for lr, loss in zip(grid, losses))
-        rows.append([label, tried, number(chosen.get(label))])
-    return (f"## Tuning\n\nUpper steps, with the validation loss after {e2.BUDGET_TUNING:g} s:\n\n"
-            + markdown(["method", "upper steps tried (validation loss)", "used"], rows))  # fmt: skip
+        rows.append([label, tried, f"{chosen[label]:g}" if label in chosen else None])
+    return f"## Tuning\n\nUpper steps, with the validation loss after {e2.BUDGET_TUNING:g} s:\n\n" + markdown(
+        ["method", "upper steps tried (validation loss)", "used"], rows
+    )
 
 
 def _runs(results: Results, dataset: str, setting: str, size: str) -> dict[str, list[dict[str, Any]]]:
@@ -76,15 +91,26 @@ def _comparison(results: Results, folder: Path, dataset: str, setting: str, size
     if not runs and not references:
         return ""
     seeds = max([len(group) for group in runs.values()] + [len(references)])
-    samples = {"5000": "5000 samples", "50000": "50,000 samples", "long": f"5000 samples, {e2.BUDGET_LONG:g} seconds"}[size]
-    parts = [f"## {NAMES[dataset]}, {samples}, {SETTING_NAMES[setting]}", f"Seeds: {seeds}." + _reported(dataset, setting)]
+    samples = {"5000": "5000 samples", "50000": "50,000 samples", "long": f"5000 samples, {e2.BUDGET_LONG:g} seconds"}[
+        size
+    ]
+    parts = [
+        f"## {NAMES[dataset]}, {samples}, {SETTING_NAMES[setting]}",
+        f"Seeds: {seeds}." + _reported(dataset, setting),
+    ]
     if references:
         parts.append(_references(references))
     if runs:
         name = f"E2_{dataset}_{setting}_{size}.png"
         parts += [_table(runs), stopped(runs), _costs(runs), f"![{NAMES[dataset]}, {samples}](figures/{name})"]
-        levels = {key: {REFERENCES[ref]: references[0][ref][key] for ref in ("noisy_and_validation", "validation_only")}
-                  for key in ("test_loss", "test_accuracy")} if references else None  # fmt: skip
+        levels = (
+            {
+                key: {REFERENCES[ref]: references[0][ref][key] for ref in ("noisy_and_validation", "validation_only")}
+                for key in ("test_loss", "test_accuracy")
+            }
+            if references
+            else None
+        )
         _draw(folder / name, runs, levels)
     return "\n\n".join(part for part in parts if part)
 
@@ -92,25 +118,57 @@ def _comparison(results: Results, folder: Path, dataset: str, setting: str, size
 def _reported(dataset: str, setting: str) -> str:
     if setting != "half":
         return ""
-    return f" Reported by Chen, Ma and Zhang (JMLR 2025) for 50,000 samples and 50 % noise, test accuracy (loss): {REPORTED[dataset]}."
+    return (
+        " Reported by Chen, Ma and Zhang (JMLR 2025) for 50,000 samples and 50 % noise, test accuracy (loss): "
+        f"{REPORTED[dataset]}."
+    )
 
 
 def _references(references: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[name, quartiles([r[key]["test_accuracy"] for r in references], 3, 100), quartiles([r[key]["test_loss"] for r in references])]
-            for key, name in REFERENCES.items()]  # fmt: skip
+    rows = [
+        [
+            name,
+            quartiles([r[key]["test_accuracy"] for r in references], 3, 100),
+            quartiles([r[key]["test_loss"] for r in references]),
+        ]
+        for key, name in REFERENCES.items()
+    ]
     return markdown(["trained on", "test accuracy %", "test loss"], rows)
 
 
 def _table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     rows = []
     for label, group in runs.items():
+
         def of(key: str, digits: int = 3, scale: float = 1, group: Any = group) -> str:
             return quartiles([run.get(key) for run in group if run.get(key) is not None], digits, scale)
 
-        rows.append([label, of("objective"), of("test_loss"), of("test_accuracy", 3, 100), of("retrained_test_accuracy", 3, 100),
-                     of("precision"), of("recall"), of("f1"), of("steps", 4),
-                     quartiles([run["counts"]["hessians"] for run in group]) if group[0]["counts"]["hessians"] else None])  # fmt: skip
-    head = ["method", "upper objective", "test loss", "test accuracy %", "retrained %", "precision", "recall", "F1", "iterations", "Hessians"]
+        rows.append(
+            [
+                label,
+                of("objective"),
+                of("test_loss"),
+                of("test_accuracy", 3, 100),
+                of("retrained_test_accuracy", 3, 100),
+                of("precision"),
+                of("recall"),
+                of("f1"),
+                of("steps", 4),
+                quartiles([run["counts"]["hessians"] for run in group]) if group[0]["counts"]["hessians"] else None,
+            ]
+        )
+    head = [
+        "method",
+        "upper objective",
+        "test loss",
+        "test accuracy %",
+        "retrained %",
+        "precision",
+        "recall",
+        "F1",
+        "iterations",
+        "Hessians",
+    ]
     return "At the end of the budget:\n\n" + markdown(head, rows)
 
 
@@ -121,24 +179,44 @@ def _costs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         best = best_of([group[place] for group in runs.values() if place < len(group)], "validation_loss")
         for label, group in runs.items():
             gaps[label] += with_gap(group[place : place + 1], "validation_loss", best, "gap")
-    costs = {axis: {level: {label: [first_reaching(run["records"], "gap", level, axis) for run in group] for label, group in
-                            gaps.items()} for level in LEVELS} for axis in ("seconds", "oracle_calls")}  # fmt: skip
+    costs = {
+        axis: {
+            level: {
+                label: [first_reaching(run["records"], "gap", level, axis) for run in group]
+                for label, group in gaps.items()
+            }
+            for level in LEVELS
+        }
+        for axis in ("seconds", "oracle_calls")
+    }
     rows = [[label, *[quartiles(costs[axis][level][label]) for axis in costs for level in LEVELS]] for label in gaps]
     lines = []
     for axis, unit in (("seconds", "seconds"), ("oracle_calls", "oracle calls")):
         first = "; ".join(f"{level:g}: {leader(costs[axis][level])}" for level in LEVELS)
         lines.append(f"First by median {unit} at a gap of {first}.")
     head = ["method", *[f"s to {level:g}" for level in LEVELS], *[f"calls to {level:g}" for level in LEVELS]]
-    return ("Cost until the validation loss is first within a gap of the lowest of any method:\n\n" + markdown(head, rows)
-            + "\n\n" + " ".join(lines))  # fmt: skip
+    return (
+        "Cost until the validation loss is first within a gap of the lowest of any method:\n\n"
+        + markdown(head, rows)
+        + "\n\n"
+        + " ".join(lines)
+    )
 
 
-def _draw(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, Mapping[str, float]] | None) -> None:
+def _draw(
+    path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, Mapping[str, float]] | None
+) -> None:
     rows = {"validation_loss": "validation loss", "test_loss": "test loss", "test_accuracy": "test accuracy"}
     drawn: dict[str, list[dict[str, float]]] = {label: [] for label in runs}
     for label, group in runs.items():
         for axis in ("seconds", "oracle_calls"):
             for row in rows:
                 drawn[label] += median_curve(group, row, axis, low=0.1 if axis == "seconds" else 20)
-    figures.curves(path, drawn, rows, {"seconds": "processor seconds", "oracle_calls": "gradients and products"}, levels,
-                   log_columns=("seconds", "oracle_calls"))  # fmt: skip
+    figures.curves(
+        path,
+        drawn,
+        rows,
+        {"seconds": "processor seconds", "oracle_calls": "gradients and products"},
+        levels,
+        log_columns=("seconds", "oracle_calls"),
+    )

@@ -68,8 +68,10 @@ def value_at(run: Record, key: str, axis: str, limit: float) -> float | None:
     return [r[key] for r in records if r[axis] <= limit][-1]
 
 
-def median_curve(runs: Sequence[Record], key: str, axis: str, points: int = 60, low: float | None = None) -> list[dict[str, float]]:
-    """Records {axis, key} of the median over `runs` on a logarithmic grid of `axis`, as far as more than half of them go."""
+def median_curve(
+    runs: Sequence[Record], key: str, axis: str, points: int = 60, low: float | None = None
+) -> list[dict[str, float]]:
+    """Records {axis, key} of the median over `runs` on a logarithmic grid of `axis`, as far as most of them go."""
     runs = [run for run in runs if run.get("records")]
     if not runs:
         return []
@@ -102,7 +104,10 @@ def stopped(runs: Mapping[str, Sequence[Record]]) -> str:
     for label, group in runs.items():
         bad = [run for run in group if run["status"] in ("failed", "non_finite")]
         if bad:
-            lines.append(f"- {label}: {len(bad)} of {len(group)} runs ended early, the first after {bad[0]['steps']} steps: {bad[0]['message']}")
+            lines.append(
+                f"- {label}: {len(bad)} of {len(group)} runs ended early, the first after {bad[0]['steps']} steps:"
+                f" {bad[0]['message']}"
+            )
     return "\n".join(lines)
 
 

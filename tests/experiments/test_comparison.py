@@ -15,12 +15,23 @@ from experiments.studies.tables import leader, median_curve, quartiles, stopped,
 def problem() -> tb.BilevelProblem:
     x = torch.full((3,), 2.0, dtype=torch.float64)
     return tb.BilevelProblem.from_functions(
-        lambda x, y: (y**2).sum(), lambda x, y: ((y - x) ** 2).sum() / 2, x, torch.zeros(3, dtype=torch.float64))  # fmt: skip
+        lambda x, y: (y**2).sum(), lambda x, y: ((y - x) ** 2).sum() / 2, x, torch.zeros(3, dtype=torch.float64)
+    )
 
 
 def test_records_grow_apart_and_the_learner_is_measured() -> None:
-    run = follow(problem(), "sgd", {"lr": 1e-3}, lambda x, y: {"norm": float(y.norm())}, max_steps=20, gradient_tol=0.0,
-                 seed=0, growth=2.0, learner=True, bounds=(1.9, 3.0))  # fmt: skip
+    run = follow(
+        problem(),
+        "sgd",
+        {"lr": 1e-3},
+        lambda x, y: {"norm": float(y.norm())},
+        max_steps=20,
+        gradient_tol=0.0,
+        seed=0,
+        growth=2.0,
+        learner=True,
+        bounds=(1.9, 3.0),
+    )
     assert [r["step"] for r in run["records"]] == [0, 1, 2, 4, 8, 16, 20]
     assert bool((run["x"] >= 1.9).all())
     assert run["records"][-1]["norm"] == pytest.approx(float(run["y"].norm()))
@@ -42,12 +53,22 @@ def test_a_clock_of_ones_own_counts_neither_measuring_nor_other_processes() -> N
         now += 100.0
         return {}
 
-    run = follow(problem(), "sgd", {"lr": 0.01}, measure, max_steps=1000, gradient_tol=0.0, seed=0, max_seconds=50.0, clock=clock)
+    run = follow(
+        problem(), "sgd", {"lr": 0.01}, measure, max_steps=1000, gradient_tol=0.0, seed=0, max_seconds=50.0, clock=clock
+    )
     assert run["status"] == "callback"
     assert 50.0 <= run["seconds"] <= 55.0
     assert all(a["seconds"] < b["seconds"] < a["seconds"] + 10 for a, b in zip(run["records"], run["records"][1:]))
-    spent = follow(problem(), "sgd", {"lr": 0.01}, lambda x: time.sleep(0.01) or {}, max_steps=10, gradient_tol=0.0, seed=0,
-                   clock=time.process_time)  # fmt: skip
+    spent = follow(
+        problem(),
+        "sgd",
+        {"lr": 0.01},
+        lambda x: time.sleep(0.01) or {},
+        max_steps=10,
+        gradient_tol=0.0,
+        seed=0,
+        clock=time.process_time,
+    )
     assert 0 < spent["seconds"] < 10.0
 
 
@@ -57,7 +78,12 @@ def test_a_run_that_does_not_start_is_an_error() -> None:
 
 
 def run(values: list[float], status: str = "callback") -> dict:
-    return {"status": status, "steps": 1, "message": "why", "records": [{"seconds": 2.0**k, "v": v} for k, v in enumerate(values)]}
+    return {
+        "status": status,
+        "steps": 1,
+        "message": "why",
+        "records": [{"seconds": 2.0**k, "v": v} for k, v in enumerate(values)],
+    }
 
 
 def test_quartiles_and_who_never_arrives() -> None:
@@ -82,4 +108,6 @@ def test_curves_are_medians_as_far_as_most_runs_go() -> None:
     assert [r["v"] for r in curve] == [6.0, 3.5, 1.5]
     assert with_gap(runs, "v", 1.0, "gap")[1]["records"][2]["gap"] == 1.0
     assert stopped({"a": runs}) == ""
-    assert "a: 1 of 2 runs ended early, the first after 1 steps: why" in stopped({"a": [run([1.0], "failed"), run([1.0])]})
+    assert "a: 1 of 2 runs ended early, the first after 1 steps: why" in stopped(
+        {"a": [run([1.0], "failed"), run([1.0])]}
+    )

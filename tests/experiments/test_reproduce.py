@@ -69,7 +69,13 @@ def test_results_are_kept_and_made_anew_for_other_arguments(toy, tmp_path: Path)
     assert calls() == [-1, 2, 3]
     assert list(first) == ["n2", "n-1", "n3"]
     assert first["n3"]["result"] | {"process": 0} == {
-        "square": 9, "threads": 1, "omp": "1", "data": "DATA", "records": [0, 1, 2], "process": 0}  # fmt: skip
+        "square": 9,
+        "threads": 1,
+        "omp": "1",
+        "data": "DATA",
+        "records": [0, 1, 2],
+        "process": 0,
+    }
     assert first["n-1"]["result"] == {"failed": "SolverError: no root of -1"}
 
     other = Task("n3", "toy_study:square", {"number": 4, "log": str(tmp_path / "calls"), "seed": 3})
@@ -154,7 +160,8 @@ from experiments.scheduler import Workers, run_tasks
 from experiments.studies import Task
 
 if __name__ == "__main__":
-    tasks = [Task("n2", "toy_study:square", {task(2).arguments!r}), Task("s", "toy_study:sleep", {{"log": {str(tmp_path / "pid")!r}}})]
+    tasks = [Task("n2", "toy_study:square", {task(2).arguments!r})]
+    tasks += [Task("s", "toy_study:sleep", {{"log": {str(tmp_path / "pid")!r}}})]
     with Workers(1) as workers:
         run_tasks(tasks, Path({str(tmp_path / "kept")!r}), workers)
 """
@@ -226,8 +233,15 @@ def test_stages_see_earlier_results_and_the_report_says_what_ran(toy, pool: Fake
     path = reproduce(study, jobs=1, out=tmp_path / "out", runs_dir=tmp_path / "runs")
     text = path.read_text()
     assert path == tmp_path / "out" / "X1.md"
-    for words in ("# X1. Squares", "python -m experiments reproduce X1", "CPU, one thread a run, 1 at a time", "Seeds: 3; 3 runs",
-                  "The squares are [4, None, 16].", "Runs that failed (1 of 3)", "no root of -1"):  # fmt: skip
+    for words in (
+        "# X1. Squares",
+        "python -m experiments reproduce X1",
+        "CPU, one thread a run, 1 at a time",
+        "Seeds: 3; 3 runs",
+        "The squares are [4, None, 16].",
+        "Runs that failed (1 of 3)",
+        "no root of -1",
+    ):
         assert words in text
     numbers = json.loads((tmp_path / "out" / "X1.json").read_text())
     assert numbers["n4"]["result"]["square"] == 16
@@ -260,8 +274,24 @@ def present() -> list[str]:
 @pytest.mark.parametrize("name", present())
 def test_quick_version_of_every_study(name: str, pool: FakePool, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["reproduce", name, "--quick", "--jobs", "1", "--data-dir", str(data_dir), "--out", str(out),
-                 "--runs-dir", str(tmp_path / "runs")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "reproduce",
+                name,
+                "--quick",
+                "--jobs",
+                "1",
+                "--data-dir",
+                str(data_dir),
+                "--out",
+                str(out),
+                "--runs-dir",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == 0
+    )
     text = (out / f"{name}.md").read_text()
     assert "Runs that failed" not in text
     figures = sorted(path.name for path in (out / "figures").glob(f"{name}_*.png"))

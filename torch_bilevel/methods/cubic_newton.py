@@ -138,7 +138,7 @@ class CubicNewtonRun(Run):
         return self.report(
             step_norm=length, accepted=accepted, cubic_reg=cubic_reg, refreshed=refreshed,
             predicted_decrease=predicted, ratio=trial.ratio,
-            stalled=method.regularisation.adaptive and self._idle >= PATIENCE,  # a constant M goes up and down as it may
+            stalled=method.regularisation.adaptive and self._idle >= PATIENCE,  # a constant M may go up and down
         )  # fmt: skip
 
     def _progressed(self) -> bool:
