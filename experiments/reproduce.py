@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.data import ENVIRONMENT, DataError, require
 from experiments.report import plain, versions
-from experiments.scheduler import Workers, results_of, run_tasks
+from experiments.scheduler import Workers, kept, results_of, run_tasks
 from experiments.studies import STUDIES, Study, load_study
 from torch_bilevel.errors import BilevelError, ConfigError
 
@@ -29,6 +29,7 @@ def reproduce(
     fresh: bool = False,
     runs_dir: Path = Path("runs"),
     progress: bool = False,
+    so_far: bool = False,
 ) -> Path:
     """Run the stages of `study`, then write out/NAME.md, out/NAME.json and out/figures/NAME_*.png.
 
@@ -36,6 +37,7 @@ def reproduce(
         quick: the small version; its report goes to runs_dir/reproduce/NAME-quick/report unless `out` is given.
         jobs: worker processes at most, default one per core. data_dir: where the data sets are.
         out: default docs/results. fresh: forget kept results. runs_dir: kept results go to runs_dir/reproduce/NAME.
+        so_far: run nothing; report on what is kept, and say how much is missing.
 
     Returns:
         The path of the report.
@@ -43,16 +45,25 @@ def reproduce(
     Raises:
         DataError: a data set is absent. ConfigError, WorkerError: see `run_tasks`.
     """
-    for need in study.needs:
+    for need in () if so_far else study.needs:
         _check_data(need, data_dir)
     folder = runs_dir / "reproduce" / (f"{study.name}-quick" if quick else study.name)
     out = Path(out) if out is not None else folder / "report" if quick else Path("docs/results")
+    if fresh and so_far:
+        raise ConfigError("--fresh forgets what --so-far would report; give one of them")
     if fresh and folder.is_dir():
         shutil.rmtree(folder)
+    if so_far and not any(folder.glob("*.json")):
+        raise ConfigError(f"nothing of {study.name} is kept in {folder}; run it first, without --so-far")
     records: dict[str, dict[str, Any]] = {}
+    missing = 0
     with Workers(jobs) as workers:
         for number, stage in enumerate(study.stages, 1):
             tasks = stage(quick, results_of(records))
+            if so_far:
+                missing += len(tasks)
+                tasks = [task for task in tasks if kept(folder, task) is not None]
+                missing -= len(tasks)
             label = f"{study.name} {number}/{len(study.stages)}" if progress else None
             records.update(run_tasks(tasks, folder, workers, data_dir, label))
     results, figures = results_of(records), out / "figures"
@@ -61,7 +72,7 @@ def reproduce(
     text = (
         "\n\n".join(
             part.strip()
-            for part in (_header(study, records, quick), _notes(study, quick), body, _failures(results))
+            for part in (_header(study, records, quick, missing), _notes(study, quick), body, _failures(results))
             if part
         )
         + "\n"
@@ -80,7 +91,7 @@ def _check_data(need: str, data_dir: str | None) -> None:
     getattr(importlib.import_module(module), name)(data_dir)
 
 
-def _header(study: Study, records: Mapping[str, Mapping[str, Any]], quick: bool) -> str:
+def _header(study: Study, records: Mapping[str, Mapping[str, Any]], quick: bool, missing: int) -> str:
     """What ran, on what: every number below it was made so."""
     values = records.values()
     machines = sorted({record["machine"] for record in values})
@@ -96,12 +107,14 @@ def _header(study: Study, records: Mapping[str, Mapping[str, Any]], quick: bool)
         "",
         f"    {command}",
         "",
-        f"- Machine: {'; '.join(machines)}, one thread a run, {jobs} at a time; {minutes:.0f} core-minutes in all.",
+        f"- Machine: {'; '.join(machines)}, one thread a run, {jobs} at a time; {minutes:.0f} minutes in all.",
         f"- Versions: Python {versions()['python']}, {used}; source revision {', '.join(revisions)}.",
         f"- Seeds: {', '.join(map(str, seeds)) or 'none'}; {len(records)} runs. Every number below is made by the"
         " command above"
         f" from their records; those of each run are in [{study.name}.json]({study.name}.json), without the curves.",
     ]
+    if missing:
+        lines.append(f"- **Not finished: {missing} further runs of the study were not made when this page was written.**")
     return "\n".join(lines)
 
 
@@ -143,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="of the report (default: docs/results; with --quick beside the kept results)",
     )
+    parser.add_argument("--so-far", action="store_true", help="run nothing; report on the kept results there are")
     parser.add_argument("--fresh", action="store_true", help="forget kept results of this study")
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="of kept results (default: runs)"
@@ -156,7 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         study = load_study(args.study)
         path = reproduce(
-            study, args.quick, args.jobs, args.data_dir, args.out, args.fresh, args.runs_dir, progress=True
+            study,
+            args.quick,
+            args.jobs,
+            args.data_dir,
+            args.out,
+            args.fresh,
+            args.runs_dir,
+            progress=not args.so_far,
+            so_far=args.so_far,
         )
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept: the same command (without --fresh) goes on", file=sys.stderr)

@@ -248,14 +248,22 @@ def test_stages_see_earlier_results_and_the_report_says_what_ran(toy, pool: Fake
     assert "records" not in numbers["n4"]["result"]
     assert (tmp_path / "out" / "figures" / "X1_a.png").is_file()
 
-    reproduce(study, jobs=1, out=tmp_path / "out", runs_dir=tmp_path / "runs")
+    (tmp_path / "runs" / "reproduce" / "X1" / "n4.json").unlink()
+    reproduce(study, out=tmp_path / "out", runs_dir=tmp_path / "runs", so_far=True)
+    assert "Not finished: 1 further runs" in path.read_text()
+    assert "[4, None]" in path.read_text()
     assert calls() == [-1, 2, 4]
+    with pytest.raises(ConfigError, match="nothing of X1 is kept"):
+        reproduce(study, out=tmp_path / "out", runs_dir=tmp_path / "none", so_far=True)
+    reproduce(study, jobs=1, out=tmp_path / "out", runs_dir=tmp_path / "runs")
+    assert "Not finished" not in path.read_text()
+    assert calls() == [-1, 2, 4, 4]
     quick = reproduce(study, quick=True, jobs=1, runs_dir=tmp_path / "runs")
-    assert calls() == [-1, -1, 2, 2, 4, 5]
+    assert calls() == [-1, -1, 2, 2, 4, 4, 5]
     assert "quick version: not a result" in quick.read_text()
     assert quick.parent.parent == tmp_path / "runs" / "reproduce" / "X1-quick"
     reproduce(study, jobs=1, out=tmp_path / "out", runs_dir=tmp_path / "runs", fresh=True)
-    assert len(calls()) == 9
+    assert len(calls()) == 10
 
 
 def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
