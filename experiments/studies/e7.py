@@ -11,7 +11,7 @@ from experiments.studies.base import Results, Study, Task
 from torch_bilevel.methods import make_method
 
 #: problem -> its maker and the maker's arguments
-L2 = {"kind": "l2_groups", "features": 500, "n_train": 300, "n_val": 300}
+L2 = {"kind": "l2_groups", "features": 200, "n_train": 300, "n_val": 300}
 FASHION = {"kind": "mixture", "dataset": "fashion_mnist", "pool": 4, "n_val": 300, "n_test": 10000, "per_source": 30}
 PROBLEMS: dict[str, dict[str, Any]] = {
     "l2_1": {**L2, "groups": 1},

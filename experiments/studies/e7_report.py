@@ -145,13 +145,13 @@ ABOUT = f"""## What was run
 Two searches of daily practice, each minimised over the same hyperparameters by gradients and by search:
 
 - **l2_N**: logistic regression, `mean BCE(train) + sum_j exp(x_group(j)) w_j^2 + 1e-4 b^2`, one L2 weight for each of N groups of features, validated by
-  mean BCE. 20 Newsgroups, rec.* against sci.*, log(1 + count) of the 500 most frequent tokens (1000 for l2_1000), rows of length 1, 300 training and
+  mean BCE. 20 Newsgroups, rec.* against sci.*, log(1 + count) of the 200 most frequent tokens (1000 for l2_1000), rows of length 1, 300 training and
   300 validation documents, the official test set. The groups are neighbours in frequency. x starts at -5; bounds -12 .. 2.
 - **mixture_N**: softmax regression on N sources, `sum_k softmax(x)_k mean CE(source k) + 0.01 |w|^2`, validated by mean CE on 300 clean
   samples. Fashion-MNIST averaged to 7 x 7, 30 samples a source; a quarter of the sources has all labels wrong (shifted by 1..9), a quarter half
   of them. x starts at 0 (all alike); bounds -5 .. 5.
 
-Float64, dx = N; dy = 501, 1001 and 500. `auto` and LFSBA have all defaults; L-BFGS and Adam use exact hypergradients; TPE is Optuna's. All train the
+Float64, dx = N; dy = 201, 1001 and 500. `auto` and LFSBA have all defaults; L-BFGS and Adam use exact hypergradients; TPE is Optuna's. All train the
 learner by the library's Newton-CG to a relative error of 1e-10, warm-started at the learner trained last. **Trainings** are counted by the library (`counts.lower_solves`): one
 for each value, with or without gradient, line searches included. Methods with gradients have {e7.GRADIENT_TRAININGS}, searches {e7.SEARCH_TRAININGS}
 ({e7.LARGE_SEARCH_TRAININGS} at dx = 1000). What a training does not contain, and oracle calls and seconds do: the adjoint system of a gradient, the
