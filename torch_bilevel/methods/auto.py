@@ -149,6 +149,9 @@ class AutoRun(Run):
     def current(self):
         return self.active.current()
 
+    def choices(self) -> dict[str, str]:
+        return self.active.choices()
+
     def set_data(self, problem: BilevelProblem) -> None:
         self.active.set_data(problem)
 

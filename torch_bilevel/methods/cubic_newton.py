@@ -178,6 +178,10 @@ class CubicNewtonRun(Run):
         """Rounding of a difference of values of the hyper-objective."""
         return self.oracle.value_noise(max(abs(value), abs(other)))
 
+    def choices(self) -> dict[str, str]:
+        chosen = super().choices()
+        return chosen if self.model is None else {**chosen, "hyper-Hessian": self.model.describe()}
+
     def set_data(self, problem: BilevelProblem) -> None:
         super().set_data(problem)
         self._best = (math.inf, math.inf)
