@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.common import Skip, begin, finish, machine, markdown, number, parser_of
 from benchmarks.problems import Setting, cleaning, images, per_feature_l2, synthetic_cleaning
-from benchmarks.runs import METHODS, PEER, TPE, library_run, peer_run, tpe_run
+from benchmarks.runs import METHODS, PEER, library_run, peer_run
 from experiments.report import write_json
 
 GAPS = (1e-2, 1e-3, 1e-4)
@@ -101,10 +101,6 @@ class Runs:
 
     def run(self, label: str, seed: int, lr: float | None, max_seconds: float) -> dict[str, Any]:
         setting, steps = self.make(self.args, seed), self.args.max_steps
-        if label == TPE:
-            if setting.hyper != "log_l2":
-                raise Skip("TPE is for L2 tuning")
-            return tpe_run(setting, max_seconds=max_seconds, max_steps=steps, seed=seed)
         if label == PEER:
             return peer_run(setting, lr, max_seconds=max_seconds, max_steps=steps, eps=EPS)
         return library_run(setting, label, lr, max_seconds=max_seconds, max_steps=steps, eps=EPS, seed=seed)
@@ -229,7 +225,7 @@ def compare(args, name: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    everybody = [*METHODS, PEER, TPE]
+    everybody = [*METHODS, PEER]
     parser = parser_of(__doc__)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), help="default: the four of the docstring")
     parser.add_argument("--methods", nargs="+", default=everybody, choices=everybody)
