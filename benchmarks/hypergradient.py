@@ -7,8 +7,9 @@ weights (7,850), an MLP (235,146); float32. The error is that of the whole hyper
 float64. Every contestant is tuned: the fewest steps of its solver (for ours: the loosest tolerance) that reach the
 error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal work: 20 products each.
 
-*Cold*: nothing kept. *Warm start*: from the adjoint of the outer step before; with the factor or sketch that the library
-keeps from there, each of its levels by itself, and what making it cost. *Floor*: plain CG on closed-form products, two matrix products each.
+*Cold*: nothing kept. *Warm start*: from the adjoint of the outer step before; with the factor or sketch that the
+library keeps from there, each of its levels by itself, and what making it cost. *Floor*: plain CG on closed-form
+products, two matrix products each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Ours:
     """Our hypergradient at (x, y), solved to a tolerance of 10^(-effort / 8).
 
     Args:
-        level: None: cold, by plain reorthogonalised CG. 0: started at the adjoint of the outer step before. n: also with
+        level: None: cold, by reorthogonalised CG. 0: started at the adjoint of the outer step before. n: also with
             the factor kept from there, of rank n (n = dy: Cholesky), see ``lower.kept.KeptFactor``.
     """
 
@@ -99,7 +100,7 @@ def ours_with_products(setting: Setting, products: int) -> Callable[[], Tensor]:
 
 
 def reference(setting: Setting) -> tuple[Tensor, Tensor]:
-    """(hypergradient, adjoint at x_before) in float64 by double backward and plain CG, sharing nothing with contestants."""
+    """(hypergradient, adjoint at x_before) in float64 by double backward and plain CG: no contestant's code."""
     exact = setting.to(torch.float64)
 
     def solve(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +186,8 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
             except Exception as error:  # a peer that fails on this problem is reported, and the others go on
                 reason = f"{type(error).__name__}: {str(error)[:100]}"
             else:
-                found += [Contestant(p.name, p.hypergradient, (16 if quick else 64) if p.kind == "unrolled" else most, p.products, True)
-                          for p in peers]  # fmt: skip
+                limit = (16 if quick else 64) if cls.kind == "unrolled" else most
+                found += [Contestant(p.name, p.hypergradient, limit, p.products, True) for p in peers]
         if reason is not None:
             absent[cls.name] = reason
     return found, making, absent
@@ -259,7 +260,8 @@ def product_cost(setting: Setting, args) -> dict[str, Spread]:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
-    parser.add_argument("--settings", nargs="+", default=["softmax", "mnist", "mlp"], choices=["softmax", "mnist", "mlp"])
+    names = ["softmax", "mnist", "mlp"]
+    parser.add_argument("--settings", nargs="+", default=names, choices=names)
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where learned weights are kept")
     args = begin(parser, argv)
     record: dict = {}

@@ -1,8 +1,8 @@
 """Single runs of the whole-run benchmark: a library method, Adam on a peer's hypergradients, TPE; each as a trace.
 
 A trace is a list of {seconds, calls, evaluations, hessians, value, gradient}, value and |gradient| of the exact
-hyper-objective. Methods whose own numbers are not that (penalties, unrolling, single loops) are judged by an exact oracle of
-our own, outside their time and counts, at every step at first and then at every tenth part more.
+hyper-objective. Methods whose own numbers are not that (penalties, unrolling, single loops) are judged by an exact
+oracle of our own, outside their time and counts, at every step at first and then at every tenth part more.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def library_run(setting: Setting, label: str, lr: float | None, *, max_seconds: 
 
     try:
         result = tb.minimize(setting.problem(), method, max_steps=max_steps, max_seconds=max_seconds, callback=follow,
-                             gradient_tol=eps if exact else eps / 10, seed=seed, bounds=BOX if label == "tpe" else None)  # fmt: skip
+                             gradient_tol=eps if exact else eps / 10, seed=seed,
+                             bounds=BOX if label == "tpe" else None)  # fmt: skip
         status = result.status.name.lower()
     except tb.BilevelError as error:
         result, status = error.result, f"failed: {str(error)[:120]}"
@@ -104,7 +105,7 @@ def library_run(setting: Setting, label: str, lr: float | None, *, max_seconds: 
 
 
 def peer_run(setting: Setting, lr: float, *, max_seconds: float, max_steps: int, eps: float) -> dict[str, Any]:
-    """torch.optim.Adam on TorchOpt's hypergradients; the lower level solved by our Newton-CG, warm, as for our own Adam."""
+    """torch.optim.Adam on TorchOpt's hypergradients; the lower level by our Newton-CG, warm, as for our own Adam."""
     reason = TorchOpt.missing()
     if reason is not None:
         raise Skip(reason)
