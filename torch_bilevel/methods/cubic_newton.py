@@ -271,9 +271,10 @@ class CubicNewtonRun(Run):
             length = float(torch.linalg.vector_norm(s))
             return Proposal(step, x_new, s, length, float(step.predicted_decrease), float(step.quadratic_change))
         s = self.scale * s
-            step_norm=tried.length, accepted=accepted, cubic_reg=cubic_reg, refreshed=refreshed,
-            predicted_decrease=tried.predicted, ratio=trial.ratio,
-            stalled=method.regularisation.adaptive and self._idle >= PATIENCE,  # a constant M goes up and down as it may
+        if box is not None and not adaptive:
+            s = box.project(self.x + s) - self.x
+        quadratic, predicted, Hs = self._model_values(g, s, cubic_reg)
+        if box is not None and adaptive and not predicted > 0:
             s = cauchy_step(model, box, self.x, g, cubic_reg)
             quadratic, predicted, Hs = self._model_values(g, s, cubic_reg)
         x_new = self.x + s if box is None else box.project(self.x + s)
