@@ -62,7 +62,7 @@ def run_one(
     method: str, settings: list[dict[str, Any]], seconds: float, seed: int, max_steps: int = 10**6, retrain: bool = False,
     features: int = newsgroups.FEATURES, limit: int | None = None, data_dir: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs of `method` with each of `settings` in CPU `seconds` each: {"runs", "records": of each, as of follow_cpu; "best": index}.
+    """Runs of `method` with each of `settings`, CPU `seconds` each: {"runs", "records": as of follow_cpu, "best": index}.
 
     Best is the lowest validation CE of the learner held within the budget, which is what all minimise. A record has val,
     val_accuracy, test, test_accuracy of that learner. `retrain`: also the learner trained anew from 0 at the last x, to
@@ -90,7 +90,9 @@ def run_one(
     return {**packed(runs), "best": values.index(min(values)), "documents": len(data.train.labels)}
 
 
-def _task(key: str, method: str, settings: list[dict[str, Any]], seconds: float, seed: int, quick: bool, **options: Any) -> Task:
+def _task(
+    key: str, method: str, settings: list[dict[str, Any]], seconds: float, seed: int, quick: bool, **options: Any
+) -> Task:
     arguments = {"method": method, "settings": settings, "seconds": seconds, "seed": seed, **options}
     if quick:
         arguments |= QUICK
@@ -130,8 +132,8 @@ def _row(label: str, runs: list[dict[str, Any]], seconds: float) -> list[str]:
     def column(key: str, digits: str = ".3f", scale: float = 1.0) -> str:
         return median([None if end is None or end[key] is None else scale * end[key] for end in ends], digits)
 
-    lowest = median([min((r["test"] for r in run["records"] if r["test"] is not None and r["seconds"] <= seconds), default=None)
-                     for run in runs])  # fmt: skip
+    tests = [[r["test"] for r in run["records"] if r["test"] is not None and r["seconds"] <= seconds] for run in runs]
+    lowest = median([min(values, default=None) for values in tests])
     return [label, column("val"), column("test"), column("test_accuracy", ".1f", 100.0), lowest, column("step", ".0f"),
             column("oracle_calls", ".0f"), f"{max(run['peak_gb'] for run in runs):.1f}"]  # fmt: skip
 
