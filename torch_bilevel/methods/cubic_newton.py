@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Callable, final
 
 import torch
 from torch import Tensor
 
-from ..cubic import CubicStatus, CubicStep
+from ..cubic import CubicStatus
 from ..errors import NonFiniteError, NotStronglyConvexError, SolverError
 from ..oracles import Evaluation, HyperOracle
 from ..problem import BilevelProblem
@@ -17,6 +16,7 @@ from ..results import StepReport
 from .base import Method, Run
 from .model import HessianModel, check_kind
 from .projected import cauchy_step, projected_step
+from .proposal import Proposal
 from .regularisation import FittedRegularisation, FixedRegularisation, Trial
 from .schedule import AdaptiveRefresh, Age, FixedPeriod
 
@@ -58,19 +58,6 @@ class CubicNewton(Method):
 
     def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "CubicNewtonRun":
         return CubicNewtonRun(self, problem, self.oracle(problem), seed=seed, bounds=bounds)
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A step before it is tried: ``s`` = x_new - x (dx,), |s|, what the models predict, and H s where it was computed."""
-
-    cubic: CubicStep
-    x_new: Tensor
-    s: Tensor
-    length: float
-    predicted: float
-    quadratic: float
-    Hs: Tensor | None = None
 
 
 @final
