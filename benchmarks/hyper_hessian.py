@@ -3,10 +3,11 @@
     python -m benchmarks.hyper_hessian --data-dir DATA --threads 2 [--json FILE] [--settings australian mnist]
 
 *Row by row* is how public code of the papers builds its Hessians: the gradient of each of the two penalty functions in
-(x, y), then one backward pass per entry, taken by indexing (``gradient[i]``) or by iterating (``for entry in gradient``).
-Both sides start from the same (x, y*) and end with the same matrix; ours is timed from nothing recorded and nothing
-factored. australian: dx = 483, dy = 30, float64. MNIST-5000: dx = 5000, dy = 7850, float32; there row by row is timed on
-a few rows and extrapolated. Floor: the operations of the closed form at the measured rate of matrix products.
+(x, y), then one backward pass per entry, taken by indexing (``gradient[i]``) or by iterating (``for entry in
+gradient``). Both sides start from the same (x, y*) and end with the same matrix; ours is timed from nothing recorded
+and nothing factored. australian: dx = 483, dy = 30, float64. MNIST-5000: dx = 5000, dy = 7850, float32; there row by
+row is timed on a few rows and extrapolated. Floor: the operations of the closed form at the measured rate of matrix
+products.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def large(setting: Setting, args) -> dict:
              ["row by row, indexed (extrapolated, without solving)", by_rows, None]]  # fmt: skip
     print(markdown(["part", "s", "floor, s"], lines))
     print(f"\npeak memory above what was there before: {number(megabytes)} MB; the matrix itself "
-          f"{number(H.numel() * H.element_size() / 2**20)} MB; floor at {number(floor['rate'] / 1e9)} GFLOP/s")  # fmt: skip
+          f"{number(H.numel() * H.element_size() / 2**20)} MB; floor at"
+          f" {number(floor['rate'] / 1e9)} GFLOP/s")  # fmt: skip
     return {"seconds": {**found, "dense": total, "row by row": by_rows}, "peak_mb": megabytes, "floor": floor,
             "symmetric_error": float((H - H.T).norm() / H.norm())}  # fmt: skip
 
@@ -191,7 +193,8 @@ def main(argv: list[str] | None = None) -> dict:
         except Skip as reason:
             print(f"\n## {name}: skipped: {reason}")
             continue
-        print(f"\n## {setting.name}: dx = {len(setting.x)}, dy = {setting.dy}, {str(setting.x.dtype)[6:]}\n", flush=True)
+        sizes = f"dx = {len(setting.x)}, dy = {setting.dy}, {str(setting.x.dtype)[6:]}"
+        print(f"\n## {setting.name}: {sizes}\n", flush=True)
         record[name] = measure(setting, args)
         finish(args, record)
     return record
