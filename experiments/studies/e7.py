@@ -23,7 +23,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 QUICK_PROBLEMS: dict[str, dict[str, Any]] = {
     "l2_8": {"kind": "l2_groups", "groups": 8, "dataset": "digits", "n_train": 200, "n_val": 200},
-    "mixture_6": {"kind": "mixture", "sources": 6, "per_source": 20, "n_val": 100, "n_test": 300},
+    "mixture_6": {"kind": "mixture", "sources": 6, "per_source": 20, "n_val": 100, "n_test": 300, "pool": 2},
 }
 MAKERS = {"l2_groups": l2_groups, "mixture": mixture}
 
