@@ -166,7 +166,7 @@ def synthetic_cleaning(n: int, side: int, classes: int, reg: float = 1e-2) -> Se
                    (inputs[:n].float(), labels[:n]), (inputs[n:].float(), labels[n:]), x)  # fmt: skip
 
 
-def mlp(cache: Path, quick: bool = False, proximal: float = 0.02) -> Setting:
+def mlp(cache: Path, quick: bool = False, proximal: float = 0.01) -> Setting:
     """784-256-128-10 with tanh (235,146 unknowns), 5000 synthetic images, one weight per sample, trained by L-BFGS.
 
     The lower loss has a proximal term around the learner trained at x_before without it. Kept in ``cache``.
