@@ -51,7 +51,7 @@ def layered(name: str, n: int, side: int, hidden: tuple[int, ...], classes: int,
     point = by_hand.at(setting.x)
 
     def floor(k: int) -> Callable[[], Tensor]:
-        V = torch.randn(point.X.shape[1], classes, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+        V = torch.randn(k, classes, point.X.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         return lambda: point.block(V)
 
     return Case(name, setting.problem(), floor)
