@@ -37,6 +37,8 @@ EXPERIMENTS = [
 ]
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.11"]
 BASELINES = ["optuna>=4.0"]
+# What the benchmarks compare with. boat-torch is not among them: it wants numpy <= 1.26 (install it with --no-deps).
+PEERS = ["torchopt>=0.7.3", "betty-ml>=0.1.1", "higher>=0.2.1", "curvlinops-for-pytorch>=3.0", "jaxopt>=0.8.5", "scipy>=1.11"]
 
 setup(
     name="torch-bilevel",
@@ -54,7 +56,7 @@ setup(
         "experiments": EXPERIMENTS,
         "test": TEST,
         "baselines": BASELINES,
-        "bench": [*EXPERIMENTS, *BASELINES, "scipy>=1.11"],
+        "bench": [*EXPERIMENTS, *BASELINES, *PEERS],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

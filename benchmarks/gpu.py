@@ -1,10 +1,10 @@
-"""The same work on CUDA: what share of the memory bandwidth or of the matrix products' rate it gets, and CPU against GPU.
+"""The same work on CUDA: its share of the memory bandwidth or of the matrix products' rate, and CPU against GPU.
 
     python -m benchmarks.gpu [--data-dir DATA] [--json FILE]
 
 Without a CUDA device it says so and ends. Bandwidth and rate are measured in the same run, by copying and multiplying
-large arrays. A single product of a softmax layer reads its inputs twice, so its floor is 2 n d numbers over the bandwidth;
-a block of 64 is bound by matrix products. TF32 is left as PyTorch has it (off).
+large arrays. A single product of a softmax layer reads its inputs twice, so its floor is 2 n d numbers over the
+bandwidth; a block of 64 is bound by matrix products. TF32 is left as PyTorch has it (off).
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ weights (7,850), an MLP (235,146); float32. The error is that of the whole hyper
 float64. Every contestant is tuned: the fewest steps of its solver (for ours: the loosest tolerance) that reach the
 error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal work: 20 products each.
 
-*Cold*: nothing kept. *Warm*: ours with the factor (where one is kept) and the adjoint of the outer step before; what
-making the factor cost is in the last table. *Floor*: plain CG on closed-form products, two matrix products each.
+*Cold*: nothing kept. *Warm start*: from the adjoint of the outer step before; with the factor or sketch that the
+library keeps from there, each of its levels by itself, and what making it cost. *Floor*: plain CG on closed-form
+products, two matrix products each.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.problems import Setting, curvature
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.lower import LowerSystems
+from torch_bilevel.lower.kept import KeptFactor
 
 TARGETS = (1e-2, 1e-3, 1e-4, 1e-5)
 EQUAL_PRODUCTS = 20
@@ -48,23 +50,31 @@ class Contestant:
 
 
 class Ours:
-    """Our hypergradient at (x, y), solved to a tolerance of 10^(-effort / 8)."""
+    """Our hypergradient at (x, y), solved to a tolerance of 10^(-effort / 8).
 
-    def __init__(self, setting: Setting, warm: bool, solver: str = "auto"):
+    Args:
+        level: None: cold, by reorthogonalised CG. 0: started at the adjoint of the outer step before. n: also with
+            the factor kept from there, of rank n (n = dy: Cholesky), see ``lower.kept.KeptFactor``.
+    """
+
+    def __init__(self, setting: Setting, level: int | None):
         self.setting = setting
-        self.oracle = tb.ImplicitOracle(setting.problem(), solver=solver)
-        self.preparation: float | None = None
-        if warm:
-            before = self.oracle.at_point(setting.x_before, setting.y_before)
-            g = Objective(self.oracle.problem, lower=1.0, counts=OracleCounts())
-            at = g.linearise(setting.x_before, setting.y_before, "y")
-            self.preparation = once(lambda: self.oracle.systems.prepare(at))[0]
+        self.oracle = tb.ImplicitOracle(setting.problem(), solver="auto" if level else "cg")
+        self.preparation = 0.0
+        if level is not None:
+            before = tb.ImplicitOracle(self.oracle.problem, solver="cg").at_point(setting.x_before, setting.y_before)
             self.oracle.warm = {"y": setting.y_before, "v": before.points["v"]}
         self.systems = self.oracle.systems
+        if level:
+            g = Objective(self.oracle.problem, lower=1.0, counts=OracleCounts())
+            at = g.linearise(setting.x_before, setting.y_before, "y")
+            systems = self.systems
+            self.preparation = once(lambda: systems.kept.make(level, systems.operator(at), at))[0]
 
     def run(self, effort: int) -> Tensor:
         """As ``evaluate`` does once it has y; what a call leaves behind is forgotten, so that every call is alike."""
         self.oracle.systems = copy.copy(self.systems)
+        self.oracle.systems.kept = copy.copy(self.systems.kept)
         self.oracle.systems.tol = 10 ** (-effort / 8)
         self.last = self.oracle.at_point(self.setting.x, self.setting.y)
         return self.last.gradient
@@ -90,7 +100,7 @@ def ours_with_products(setting: Setting, products: int) -> Callable[[], Tensor]:
 
 
 def reference(setting: Setting) -> tuple[Tensor, Tensor]:
-    """(hypergradient, adjoint at x_before) in float64 by double backward and plain CG, sharing nothing with contestants."""
+    """(hypergradient, adjoint at x_before) in float64 by double backward and plain CG: no contestant's code."""
     exact = setting.to(torch.float64)
 
     def solve(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,12 +159,18 @@ def fewest(contestant: Contestant, target: float, exact: Tensor) -> int | None:
     return high
 
 
-def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list[Contestant], Ours, dict[str, str]]:
-    """Everybody who can be had here, and why the others cannot."""
+def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list[Contestant], dict[str, float], dict]:
+    """Everybody who can be had here, what making each kept factor cost, and why the others cannot be had."""
     most = 200 if not quick else 80
-    found, absent = [], {}
-    cold, warm = Ours(setting, warm=False, solver="cg"), Ours(setting, warm=True)
-    for name, ours in (("ours, cold", cold), ("ours, warm", warm)):
+    found, making, absent = [], {}, {}
+    cold = Ours(setting, None)
+    cold.run(1)  # before anything is timed
+    ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0)}
+    for level in KeptFactor.levels(setting.dy, setting.x.dtype):
+        what = "Cholesky" if level == setting.dy else f"sketch of rank {level}"
+        ours_by_name[f"ours, warm start, {what}"] = Ours(setting, level)
+        making[what] = ours_by_name[f"ours, warm start, {what}"].preparation
+    for name, ours in ours_by_name.items():
         found.append(Contestant(name, ours.run, 56, ours.products))
     floor = closed_form(setting)
     if floor is not None:
@@ -170,18 +186,18 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
             except Exception as error:  # a peer that fails on this problem is reported, and the others go on
                 reason = f"{type(error).__name__}: {str(error)[:100]}"
             else:
-                found += [Contestant(p.name, p.hypergradient, (16 if quick else 64) if p.kind == "unrolled" else most, p.products, True)
-                          for p in peers]  # fmt: skip
+                limit = (16 if quick else 64) if cls.kind == "unrolled" else most
+                found += [Contestant(p.name, p.hypergradient, limit, p.products, True) for p in peers]
         if reason is not None:
             absent[cls.name] = reason
-    return found, warm, absent
+    return found, making, absent
 
 
 def compare(setting: Setting, args) -> dict:
     """All tables of one problem."""
     print(f"\n## {setting.name}: {setting.dy} unknowns, dx = {len(setting.x)}, {str(setting.x.dtype)[6:]}", flush=True)
     exact, adjoint = reference(setting)
-    everybody, warm, absent = contestants_of(setting, adjoint, args.quick)
+    everybody, making, absent = contestants_of(setting, adjoint, args.quick)
     record: dict = {"absent": absent, "targets": {}}
     for target in TARGETS[1:3] if args.quick else TARGETS:
         efforts = {c.name: fewest(c, target, exact) for c in everybody}
@@ -201,9 +217,10 @@ def compare(setting: Setting, args) -> dict:
         record["targets"][f"{target:g}"] = {n: {"seconds": t, "products": products[n], "effort": efforts[n]}
                                             for n, t in times.items()}  # fmt: skip
     record["equal"] = equal_work(setting, everybody, exact, args)
-    record["preparation_seconds"] = warm.preparation
+    record["making_seconds"] = making
     record["product"] = product_cost(setting, args)
-    print(f"\nKept from the outer step before (warm): factor made in {number(warm.preparation)} s, once for many steps.")
+    print("\nMade at the outer step before, once for many steps: "
+          + "; ".join(f"{what} in {number(seconds)} s" for what, seconds in making.items()))  # fmt: skip
     for name, reason in absent.items():
         print(f"Not here: {name} ({reason})")
     return record
@@ -243,7 +260,8 @@ def product_cost(setting: Setting, args) -> dict[str, Spread]:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
-    parser.add_argument("--settings", nargs="+", default=["softmax", "mnist", "mlp"], choices=["softmax", "mnist", "mlp"])
+    names = ["softmax", "mnist", "mlp"]
+    parser.add_argument("--settings", nargs="+", default=names, choices=names)
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where learned weights are kept")
     args = begin(parser, argv)
     record: dict = {}

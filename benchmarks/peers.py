@@ -1,4 +1,4 @@
-"""Hypergradients by other libraries, each through its own code, at a given lower solution and with K linear-solver steps.
+"""Hypergradients by other libraries, each through its own code, at a given lower solution and with K steps.
 
 Every peer is a class with ``available()`` (a reason if not), and ``hypergradient(steps) -> (dx,)`` that does all that
 must be done anew at a new point: losses, gradients, solve, cross product. ``steps`` is the library's own iteration
@@ -118,11 +118,12 @@ class Boat(Peer):
 
         s = self.setting
         x, params = s.x.clone().requires_grad_(True), s.parameters()
-        config = {"gm_op": ["NGD"], "lower_level_opt": torch.optim.SGD(params, lr=1.0), "CG": {"tolerance": 0.0, "k": steps},
-                  "GDA": {"alpha_init": 0.0, "alpha_decay": 0.0}}  # fmt: skip
+        config = {"gm_op": ["NGD"], "lower_level_opt": torch.optim.SGD(params, lr=1.0),
+                  "CG": {"tolerance": 0.0, "k": steps}, "GDA": {"alpha_init": 0.0, "alpha_decay": 0.0}}  # fmt: skip
         solver = CG(ll_objective=lambda feed, ul, ll, params: s.lower(params, x),
                     ul_objective=lambda feed, ul, ll, params: s.upper(params, x),
-                    ll_model=self.model, ul_model=self.model, ll_var=params, ul_var=[x], solver_config=config)  # fmt: skip
+                    ll_model=self.model, ul_model=self.model, ll_var=params, ul_var=[x],
+                    solver_config=config)  # fmt: skip
         solver.compute_gradients({}, {}, self.model, lower_model_params=params, hparams=[x])
         return x.grad
 

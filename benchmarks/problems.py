@@ -29,11 +29,11 @@ class Setting:
 
     Attributes:
         sizes: layers of the learner, tanh between them. bias: whether they have one.
-        hyper: 'weights': c = sigmoid(x), penalty = reg |y|^2. 'log_l2': c = 1, penalty = sum exp(x_j) W_kj^2 + reg |y|^2.
+        hyper: 'weights': c = sigmoid(x), penalty = reg |y|^2. 'log_l2': c = 1, and sum exp(x_j) W_kj^2 more.
         train, valid: (inputs, labels).
         x, x_before (dx,); y, y_before (dy,): the lower solutions there.
-        anchor, proximal: g also has proximal * |y - anchor|^2, which makes it strongly convex where a deep learner's loss
-            is not (as in implicit MAML).
+        anchor, proximal: g also has proximal * |y - anchor|^2, which makes it strongly convex where a deep
+            learner's loss is not (as in implicit MAML).
     """
 
     name: str
@@ -118,7 +118,9 @@ class Setting:
         """The same numbers in another dtype, or on another device."""
 
         def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device or t.device, (dtype if t.is_floating_point() else None) or t.dtype)
+            if t is None:
+                return None
+            return t.to(device or t.device, (dtype if t.is_floating_point() else None) or t.dtype)
 
         points = {key: move(getattr(self, key)) for key in ("x", "y", "x_before", "y_before", "anchor")}
         return replace(self, train=tuple(map(move, self.train)), valid=tuple(map(move, self.valid)), **points)
@@ -129,7 +131,7 @@ class Setting:
 
 
 def images(n: int, side: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Synthetic images (n, side^2), float64, with the falling spectrum of natural ones, and labels of a noisy linear rule."""
+    """Synthetic images (n, side^2), float64, with a falling spectrum, and labels of a noisy linear rule."""
     gen = torch.Generator().manual_seed(seed)
     frequency = torch.fft.fftfreq(side, dtype=torch.float64)
     radius = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt() * side + 1
@@ -164,10 +166,10 @@ def synthetic_cleaning(n: int, side: int, classes: int, reg: float = 1e-2) -> Se
                    (inputs[:n].float(), labels[:n]), (inputs[n:].float(), labels[n:]), x)  # fmt: skip
 
 
-def mlp(cache: Path, quick: bool = False, proximal: float = 0.02) -> Setting:
+def mlp(cache: Path, quick: bool = False, proximal: float = 0.01) -> Setting:
     """784-256-128-10 with tanh (235,146 unknowns), 5000 synthetic images, one weight per sample, trained by L-BFGS.
 
-    The lower loss has a proximal term around the learner trained at x_before without it; the point is kept in ``cache``.
+    The lower loss has a proximal term around the learner trained at x_before without it. Kept in ``cache``.
     """
     n, side, hidden, iterations = (100, 5, (8,), 30) if quick else (5000, 28, (256, 128), 100)
     inputs, labels = images(2 * n, side, 10, 2)
@@ -177,9 +179,10 @@ def mlp(cache: Path, quick: bool = False, proximal: float = 0.02) -> Setting:
     x_before = torch.randn(n, generator=gen)
     x = x_before + 0.1 * torch.randn(n, generator=gen)
     sizes = (side * side, *hidden, 10)
-    setting = Setting(f"MLP {'-'.join(map(str, sizes))}", sizes, True, "weights", 1e-3, train, valid, x, x_before=x_before,
+    layers = "-".join(map(str, sizes))
+    setting = Setting(f"MLP {layers}", sizes, True, "weights", 1e-3, train, valid, x, x_before=x_before,
                       proximal=proximal)  # fmt: skip
-    path = cache / f"mlp-{n}-{'-'.join(map(str, sizes))}.pt"
+    path = cache / f"mlp-{n}-{layers}.pt"
     if not path.is_file():
         torch.manual_seed(0)
         anchor = train_learner(setting, x_before, torch.nn.utils.parameters_to_vector(setting.learner().parameters()),
@@ -211,7 +214,8 @@ def mnist(data_dir: str | None, cache: Path, quick: bool = False, seed: int = 0,
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"before": xs[-2], "x": xs[-1]}, path)
     kept = torch.load(path, weights_only=True)
-    return solved(replace(setting, name=f"{dataset}-{len(setting.x)} at learned weights", x=kept["x"], x_before=kept["before"]))
+    name = f"{dataset}-{len(setting.x)} at learned weights"
+    return solved(replace(setting, name=name, x=kept["x"], x_before=kept["before"]))
 
 
 def cleaning(

@@ -2,9 +2,10 @@
 
     python -m benchmarks.products --data-dir DATA --threads 2 [--json FILE]
 
-Products come from one recorded gradient (``Linearisation.yy``), as every solver of the library takes them. Floors: for a
-softmax layer the closed form, two matrix products a block; for the MLP its matrix products alone, six a layer and four less
-at the ends. Memory: the rise of the resident set while a block is multiplied; 'recorded' is what the recorded graph holds.
+Products come from one recorded gradient (``Linearisation.yy``), as every solver of the library takes them. Floors: for
+a softmax layer the closed form, two matrix products a block; for the MLP its matrix products alone, six a layer and
+four less at the ends. Memory: the rise of the resident set while a block is multiplied; 'recorded' is what the recorded
+graph holds.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def layered(name: str, n: int, side: int, hidden: tuple[int, ...], classes: int,
     inputs, labels = images(n, side, classes, 0)
     sizes = (side * side, *hidden, classes)
     data = (inputs.to(dtype), labels)
-    setting = Setting(name, sizes, not hidden, "log_l2", 1e-3, data, data, torch.full((side * side,), -6.0, dtype=dtype))
+    x = torch.full((side * side,), -6.0, dtype=dtype)
+    setting = Setting(name, sizes, not hidden, "log_l2", 1e-3, data, data, x)
     setting.y = 0.05 * torch.randn(setting.dy, generator=torch.Generator().manual_seed(0)).to(dtype)
     by_hand = closed_form(setting)
     if by_hand is None:
@@ -49,7 +51,7 @@ def layered(name: str, n: int, side: int, hidden: tuple[int, ...], classes: int,
     point = by_hand.at(setting.x)
 
     def floor(k: int) -> Callable[[], Tensor]:
-        V = torch.randn(point.X.shape[1], classes, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+        V = torch.randn(k, classes, point.X.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         return lambda: point.block(V)
 
     return Case(name, setting.problem(), floor)
@@ -72,7 +74,8 @@ def conv(n: int, side: int = 28) -> Case:
         return cross_entropy(learner(batch[0]), batch[1])
 
     data = (inputs, labels)
-    return Case(f"conv, {n} images", tb.BilevelProblem(learner, torch.zeros(n), lower, upper, data, data), None, BLOCKS[:4])
+    problem = tb.BilevelProblem(learner, torch.zeros(n), lower, upper, data, data)
+    return Case(f"conv, {n} images", problem, None, BLOCKS[:4])
 
 
 def measure(case: Case, args) -> dict:

@@ -1,12 +1,13 @@
 """Single runs of the whole-run benchmark: a library method, Adam on a peer's hypergradients, TPE; each as a trace.
 
 A trace is a list of {seconds, calls, evaluations, hessians, value, gradient}, value and |gradient| of the exact
-hyper-objective. Methods whose own numbers are not that (penalties, unrolling, single loops) are judged by an exact oracle of
-our own, outside their time and counts, at every step at first and then at every tenth part more.
+hyper-objective. Methods whose own numbers are not that (penalties, unrolling, single loops) are judged by an exact
+oracle of our own, outside their time and counts, at every step at first and then at every tenth part more.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +38,9 @@ METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...], bool]] = {
     "f2ba": ("f2ba", {}, (1.0, 10.0, 100.0, 1000.0), False),
     "aid": ("aid", {}, (1.0, 10.0, 100.0, 1000.0), False),
     "itd": ("itd", {}, (1.0, 10.0, 100.0, 1000.0), False),
+    "tpe": ("tpe", {}, (), True),
 }
-PEER, TPE = "adam, TorchOpt", "tpe"
+PEER = "adam, TorchOpt"
 #: of TPE: the interval of each log L2 weight
 BOX = (-12.0, 2.0)
 
@@ -77,10 +79,12 @@ def library_run(setting: Setting, label: str, lr: float | None, *, max_seconds: 
                 seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """One run by ``minimize``."""
     name, options, _, exact = METHODS[label]
+    if label == "tpe" and setting.hyper != "log_l2":
+        raise Skip("TPE is for L2 tuning")
+    if label == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise Skip("optuna is not installed")
     method = make_method(name, {**options, **({} if lr is None else {"lr": lr})})
     trace = Trace(None if exact else Judge(setting))
-    status = "failed"
-
     def follow(report: tb.StepReport, x: Tensor, y: Tensor) -> bool:
         if trace.wants(report.step):
             trace.add(report.step, report.seconds, report.counts.copy(), report.value, report.gradient_norm, x)
@@ -89,7 +93,8 @@ def library_run(setting: Setting, label: str, lr: float | None, *, max_seconds: 
 
     try:
         result = tb.minimize(setting.problem(), method, max_steps=max_steps, max_seconds=max_seconds, callback=follow,
-                             gradient_tol=eps if exact else eps / 10, seed=seed)  # fmt: skip
+                             gradient_tol=eps if exact else eps / 10, seed=seed,
+                             bounds=BOX if label == "tpe" else None)  # fmt: skip
         status = result.status.name.lower()
     except tb.BilevelError as error:
         result, status = error.result, f"failed: {str(error)[:120]}"
@@ -100,7 +105,7 @@ def library_run(setting: Setting, label: str, lr: float | None, *, max_seconds: 
 
 
 def peer_run(setting: Setting, lr: float, *, max_seconds: float, max_steps: int, eps: float) -> dict[str, Any]:
-    """torch.optim.Adam on TorchOpt's hypergradients; the lower level solved by our Newton-CG, warm, as for our own Adam."""
+    """torch.optim.Adam on TorchOpt's hypergradients; the lower level by our Newton-CG, warm, as for our own Adam."""
     reason = TorchOpt.missing()
     if reason is not None:
         raise Skip(reason)
@@ -156,33 +161,3 @@ def torchopt_hypergradient(setting: Setting, x: Tensor, y: Tensor, counts: Oracl
     leaf = x.clone().requires_grad_(True)
     value = setting.upper(solver(solution, leaf), leaf)
     return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-
-def tpe_run(setting: Setting, *, max_seconds: float, max_steps: int, seed: int = 0) -> dict[str, Any]:
-    """Optuna's TPE on all of x in the box, each trial one exact lower solution from the last one."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise Skip(str(error)) from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    load_torch_func()
-    problem, counts = setting.problem(), OracleCounts()
-    solver, systems = make_lower(None), LowerSystems()
-    g, f = Objective(problem, lower=1.0, counts=counts), Objective(problem, upper=1.0, counts=counts)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    names = [f"x{i}" for i in range(problem.dx)]
-    study.enqueue_trial(dict(zip(names, setting.x.tolist())))
-    y, best, trace, start = problem.y, float("inf"), Trace(None), time.perf_counter()
-    for step in range(max_steps):
-        trial = study.ask()
-        x = setting.x.new_tensor([trial.suggest_float(name, *BOX) for name in names])
-        y = solver.solve(g, x, y, systems=systems).y
-        counts.add(evaluations=1)
-        value = float(f.value(x, y))
-        study.tell(trial, value)
-        best = min(best, value)
-        seconds = time.perf_counter() - start
-        trace.add(step, seconds, counts.copy(), best, float("nan"), x)
-        if seconds >= max_seconds:
-            break
-    return {"status": "max_seconds", "records": trace.records, "lr": None}

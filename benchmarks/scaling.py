@@ -3,9 +3,10 @@
     python -m benchmarks.scaling --threads 2 [--json FILE] [--axes n dx dy] [--max-point-seconds 60]
 
 One family: softmax regression on n samples of d features and 10 classes (dy = 10 d), samples in dx groups, one weight
-sigmoid(x_j) a group; float32, L2 of 1e-2. Measured at a given lower solution, everything made anew each time: a hypergradient
-(recorded gradient, adjoint, cross product), one product with the hyper-Hessian after it, and the dense hyper-Hessian. Exponents
-by least squares on logarithms, over all points and over the last decade, where the overhead of small calls is gone.
+sigmoid(x_j) a group; float32, L2 of 1e-2. Measured at a given lower solution, everything made anew each time: a
+hypergradient (recorded gradient, adjoint, cross product), one product with the hyper-Hessian after it, and the dense
+hyper-Hessian. Exponents by least squares on logarithms, over all points and over the last decade, where the overhead of
+small calls is gone.
 """
 
 from __future__ import annotations
@@ -84,13 +85,14 @@ def point(n: int, dx: int, dy: int, args) -> dict[str, Any]:
         memory, (first, _) = peak_memory(lambda run=run: once(run))
         seconds = first
         if first < args.max_point_seconds / 4:
-            seconds = interleaved({name: run}, args.repeats, warmup=0, max_seconds=args.max_point_seconds / 4)[name].median
+            times = interleaved({name: run}, args.repeats, warmup=0, max_seconds=args.max_point_seconds / 4)
+            seconds = times[name].median
         found[name] = {"seconds": seconds, "mb": memory}
     return found
 
 
 def exponent(sizes: list[float], values: list[float | None], from_size: float = 0.0) -> float | None:
-    """The slope of log value against log size, least squares, over sizes from ``from_size`` on; None for fewer than two."""
+    """The slope of log value against log size by least squares, from ``from_size`` on; None for fewer than two."""
     pairs = [(math.log(s), math.log(v)) for s, v in zip(sizes, values) if v is not None and v > 0 and s >= from_size]
     if len(pairs) < 2:
         return None

@@ -1,13 +1,13 @@
 """A whole run: seconds and oracle calls until the value is within a gap of the best, and until the gradient is small.
 
-    python -m benchmarks.whole_run --data-dir DATA --threads 2 --problems digits_cleaning [--seeds 10] [--methods auto lbfgs]
+    python -m benchmarks.whole_run --data-dir DATA --threads 2 --problems digits_cleaning [--methods auto lbfgs]
 
 Problems: hyper-cleaning of digits (dx = 1000, dy = 650, float64) and of MNIST-5000 (5000, 7850, float32), 50 % noise,
-sigmoid weights from 0; one log L2 weight per feature on digits (dx = 64, 200 training samples, float64) and MNIST (784, 1000
-samples, float32), from exp(-6). Everything starts at the same x. The gap is to the lowest value that any method found on that
-seed in all cached runs. First-order step lengths are chosen from a grid on a seed of their own (1000), by the value
-reached in the same time. Runs are kept in ``--cache``, one file per (problem, method, seed), and taken from there:
-a comparison can be made in parts; ``--fresh`` makes them anew.
+sigmoid weights from 0; one log L2 weight per feature on digits (dx = 64, 200 training samples, float64) and MNIST (784,
+1000 samples, float32), from exp(-6). Everything starts at the same x. The gap is to the lowest value that any method
+found on that seed, of those compared. First-order step lengths are chosen from a grid on a seed of their own (1000), by
+the value reached in the same time. Runs are kept in ``--cache``, one file per (problem, method, seed), and taken from
+there: a comparison can be made in parts; ``--fresh`` makes them anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.common import Skip, begin, finish, machine, markdown, number, parser_of
 from benchmarks.problems import Setting, cleaning, images, per_feature_l2, synthetic_cleaning
-from benchmarks.runs import METHODS, PEER, TPE, library_run, peer_run, tpe_run
+from benchmarks.runs import METHODS, PEER, library_run, peer_run
 from experiments.report import write_json
 
 GAPS = (1e-2, 1e-3, 1e-4)
@@ -101,10 +101,6 @@ class Runs:
 
     def run(self, label: str, seed: int, lr: float | None, max_seconds: float) -> dict[str, Any]:
         setting, steps = self.make(self.args, seed), self.args.max_steps
-        if label == TPE:
-            if setting.hyper != "log_l2":
-                raise Skip("TPE is for L2 tuning")
-            return tpe_run(setting, max_seconds=max_seconds, max_steps=steps, seed=seed)
         if label == PEER:
             return peer_run(setting, lr, max_seconds=max_seconds, max_steps=steps, eps=EPS)
         return library_run(setting, label, lr, max_seconds=max_seconds, max_steps=steps, eps=EPS, seed=seed)
@@ -147,7 +143,8 @@ def reached(found: list[float | None]) -> str:
 
 def lowest(run: dict) -> float:
     """The lowest finite value of a run."""
-    return min((r["value"] for r in run["records"] if r["value"] is not None and r["value"] == r["value"]), default=math.inf)
+    values = [r["value"] for r in run["records"] if r["value"] is not None]
+    return min((value for value in values if not math.isnan(value)), default=math.inf)
 
 
 def summarise(name: str, runs: dict[str, list[dict]], axis: str, best: list[float]) -> dict[str, dict[str, list]]:
@@ -182,7 +179,8 @@ def claims(runs: dict[str, list[dict]], seconds: dict, best: list[float], l2: bo
             times = [first(r["records"], "value", v, "seconds") for r, (v, _) in zip(of_seeds, levels)]
             text = ratio(times, [s for _, s in levels])
             missed = sum(t is None for t in times)
-            lines.append(f"L-BFGS's value after 100 evaluations: {label}'s time / L-BFGS's = {text}; never on {missed} seeds")
+            lines.append(f"L-BFGS's value after 100 evaluations: {label}'s time / L-BFGS's = {text};"
+                         f" never on {missed} seeds")  # fmt: skip
         return lines
     if {"auto", PEER} <= runs.keys():
         text = ratio(seconds[PEER]["gap 0.001"], seconds["auto"]["gap 0.001"])
@@ -218,7 +216,8 @@ def compare(args, name: str) -> dict[str, Any]:
         for label, row in table.items():
             final = statistics.median(lowest(r) - b for r, b in zip(runs[label], best))
             hessians = statistics.median(r["records"][-1]["hessians"] for r in runs[label])
-            rows.append([label, *(reached(row[key]) for key in keys), f"{final:.1e}", hessians, runs[label][0].get("lr")])
+            lr = runs[label][0].get("lr")
+            rows.append([label, *(reached(row[key]) for key in keys), f"{final:.1e}", hessians, lr])
         print(f"\n{title} to:\n")
         print(markdown(["method", *keys, "final gap", "Hessians", "lr"], rows), flush=True)
     record["claims"] = claims(runs, record["seconds"], best, name.endswith("l2"))
@@ -229,14 +228,14 @@ def compare(args, name: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    everybody = [*METHODS, PEER, TPE]
+    everybody = [*METHODS, PEER]
     parser = parser_of(__doc__)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), help="default: the four of the docstring")
     parser.add_argument("--methods", nargs="+", default=everybody, choices=everybody)
     parser.add_argument("--seeds", type=int, help="default 10 on digits, 3 on MNIST")
     parser.add_argument("--run-seconds", type=float, help="of one run; default 30 on digits, 300 on MNIST")
     parser.add_argument("--max-steps", type=int, default=100_000)
-    parser.add_argument("--tune-share", type=float, default=1 / 3, help="of the run's seconds, for each step length tried")
+    parser.add_argument("--tune-share", type=float, default=1 / 3, help="of the run's seconds, a step length")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--fresh", action="store_true", help="make cached runs anew")
     args = begin(parser, argv)

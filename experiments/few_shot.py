@@ -19,6 +19,8 @@ DEFAULTS: dict[str, Any] = {
     "ifsba": {"period": 1, "penalty": 100.0, "hessian_tol": 0.1, "lower_tol": 1e-3, "linear_tol": 1e-3, "model_tol": 0.3},
 }
 
+COLUMNS = ("test_accuracy", "test", "val_accuracy", "step", "oracle_calls")
+
 
 @dataclass
 class Config:
@@ -70,20 +72,20 @@ def run(config: Config, run_dir: Path, data_dir: str | Path | None = None, resum
 
             results[label].append(cached(run_dir, f"{label}-{seed}", one, resume))
             last = results[label][-1]["records"][-1]
-            print(f"{label}, seed {seed}: test accuracy {last['test_accuracy']:.3f} after {last['step']} meta-batches", flush=True)
-    rows = [{"label": label, "statuses": sorted({r["status"] for r in runs}), **{
-        key: [r["records"][-1][key] for r in runs] for key in ("test_accuracy", "test", "val_accuracy", "step", "oracle_calls")}}
-        for label, runs in results.items()]  # fmt: skip
+            print(f"{label}, seed {seed}: test accuracy {last['test_accuracy']:.3f} after {last['step']} meta-batches",
+                  flush=True)  # fmt: skip
+    rows = [{"label": label, "statuses": sorted({r["status"] for r in runs}),
+             **{key: [r["records"][-1][key] for r in runs] for key in COLUMNS}} for label, runs in results.items()]  # fmt: skip
     summary = {"source": config.source, "seconds": config.seconds, "seeds": config.seeds, "rows": rows}
     write_json(run_dir / "summary.json", summary)
     figures.curves(run_dir / "figures" / "few_shot.png", {label: runs[0]["records"] for label, runs in results.items()},
                    {"test_accuracy": "test accuracy", "val": "validation CE"},
-                   {"seconds": "CPU seconds", "oracle_calls": "gradients and products"}, log_columns=["oracle_calls"])  # fmt: skip
+                   {"seconds": "CPU seconds", "oracle_calls": "gradients and products"},
+                   log_columns=["oracle_calls"])  # fmt: skip
     return summary
 
 
 def describe(summary: Mapping[str, Any]) -> str:
     """Where each method stands when its seconds are spent; median (lowest-highest) of the seeds."""
-    rows = [[row["label"], *(spread(row[key]) for key in ("test_accuracy", "test", "val_accuracy", "step", "oracle_calls")),
-             ", ".join(row["statuses"])] for row in summary["rows"]]  # fmt: skip
+    rows = [[row["label"], *(spread(row[key]) for key in COLUMNS), ", ".join(row["statuses"])] for row in summary["rows"]]
     return table(["method", "test accuracy", "test CE", "val accuracy", "meta-batches", "calls", "ended"], rows)

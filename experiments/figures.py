@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from torch import Tensor
 
 
@@ -76,6 +77,47 @@ def curves(
             if axis.lines:
                 axis.legend(fontsize=7)
     return _save(figure, path)
+
+
+def bands(
+    path: Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    panels: Sequence[tuple[str, str, str, str]],
+    best: str,
+    points: int = 80,
+) -> Path:
+    """A row of panels: for each label the median over its runs of the best point so far, quartiles shaded.
+
+    Args:
+        path: the PNG to write.
+        runs: label -> runs, each with `records`; a curve goes as far as its longest run.
+        panels: (axis key, quantity key, axis label, quantity label). The axes are logarithmic.
+        best: the key whose running minimum says which point is the best so far.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    for axis, (x_key, y_key, x_label, y_label) in zip(axes[0], panels):
+        for label, group in runs.items():
+            if not group:
+                continue
+            first = max(run["records"][0][x_key] for run in group)
+            last = max(run["records"][-1][x_key] for run in group)
+            grid = np.geomspace(max(first, 1e-2), max(last, 2e-2), points)
+            curves_ = np.array([[_best_so_far(run["records"], x_key, y_key, best, limit) for limit in grid] for run in group])
+            low, middle, high = np.quantile(curves_, [0.25, 0.5, 0.75], axis=0)
+            (line,) = axis.plot(grid, middle, linewidth=1.4, label=label)
+            axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def _best_so_far(records: Sequence[Mapping[str, Any]], axis: str, key: str, best: str, limit: float) -> float:
+    """`key` at the record of least `best` among those up to `limit`; that of the first before it."""
+    reached = [r for r in records if r[axis] <= limit] or records[:1]
+    return min(reached, key=lambda r: r[best])[key]
 
 
 def weight_histogram(path: Path, weights: Tensor, corrupted: Tensor) -> Path:

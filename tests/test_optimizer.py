@@ -65,9 +65,9 @@ def test_every_kind_of_hyper_goes_the_same_way():
     ends = []
     for kind in ("module", "dict", "tensor"):
         opt, learner, hyper = make(kind)
-        reports = [opt.step(TRAIN, VALID) for _ in range(6)]
+        reports = [opt.step(TRAIN, VALID) for _ in range(7)]
         assert reports[-1].gradient_norm < 1e-4 < reports[0].gradient_norm
-        assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
+        assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6, 7]
         ends.append(value_of(hyper).detach().clone())
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
     # the same minimum as minimize finds, and the learner trained with it
@@ -249,7 +249,7 @@ def test_a_batch_with_nan_in_the_middle(level):
     with pytest.raises(NonFiniteError, match="at step 2; the hyperparameters keep their last good values"):
         opt.step(*batches)
     assert torch.equal(hyper, good)
-    for _ in range(5):
+    for _ in range(6):
         report = opt.step(TRAIN, VALID)  # the next good batch goes on
     assert report.gradient_norm < 1e-4
 

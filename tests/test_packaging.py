@@ -60,7 +60,7 @@ def test_core_imports_nothing_else() -> None:
     assert done.stdout == import_only_torch
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "test-gpu", "lint", "clean", "install"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "test-gpu", "bench", "lint", "clean", "install"])
 def test_make_target_exists_and_honours_variables(target: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", target, "VENV=elsewhere", "PYTHON=python9"],

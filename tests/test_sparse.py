@@ -110,7 +110,8 @@ def test_errors_say_what_fits() -> None:
         tb.SparseMatrix(torch.zeros(3))
     with pytest.raises(tb.ShapeError, match="within 0..14"):
         X.rows(torch.tensor([15]))
-    for call in (lambda: tb.SparseMatrix("counts"), lambda: X.to(torch.float16), lambda: tb.SparseMatrix(dense(), dtype=torch.int64)):
+    wrong = (lambda: tb.SparseMatrix("counts"), lambda: X.to(torch.half), lambda: tb.SparseMatrix(X, dtype=torch.int64))
+    for call in wrong:
         with pytest.raises(tb.ProblemError, match="expected"):
             call()
     for call in (lambda: torch.relu(X), lambda: torch.zeros(2, 15, dtype=torch.float64) @ X):
@@ -126,7 +127,8 @@ def regression(batch, dtype=torch.float64, **options):
 
     def lower(learner, hyper, batch):
         inputs, targets = batch
-        return (learner(inputs) - targets).square().mean() + (hyper.exp() * learner.weight.square()).sum() + learner.bias.square().sum()
+        penalty = (hyper.exp() * learner.weight.square()).sum() + learner.bias.square().sum()
+        return (learner(inputs) - targets).square().mean() + penalty
 
     def upper(learner, hyper, batch):
         return torch.nn.functional.cross_entropy(learner(batch[0]), batch[1].softmax(1))
@@ -183,7 +185,8 @@ def test_optimizer_state_holds_it_and_resumes() -> None:
     def optimizer():
         problem = regression((tb.SparseMatrix(D), targets))
         return tb.BilevelOptimizer(problem.learner, problem.hyper, lower_loss=problem._losses["lower"],
-                                   upper_loss=problem._losses["upper"], method="lfsba", hessian="krylov", solver="cg")  # fmt: skip
+                                   upper_loss=problem._losses["upper"], method="lfsba", hessian="krylov",
+                                   solver="cg")  # fmt: skip
 
     first, batch = optimizer(), (tb.SparseMatrix(D), targets)
     for _ in range(2):

@@ -245,7 +245,7 @@ class _Loop:
         return Result(
             x=run.x, y=y, value=value, gradient_norm=norm, status=status, message=message,
             history=self.history, counts=run.counts.copy(), seconds=self.seconds, method=run.method.name,
-            cubic_reg=run.cubic_reg, min_eigenvalue=self.min_eigenvalue,
+            cubic_reg=run.cubic_reg, min_eigenvalue=self.min_eigenvalue, choices=run.choices(),
         )  # fmt: skip
 
     def close(self) -> None:

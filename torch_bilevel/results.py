@@ -74,6 +74,8 @@ class Result:
         min_eigenvalue: of the hyper-Hessian at x where the run examined it, else NaN.
         cubic_reg: the last M, NaN for methods without one.
         history: one StepReport per outer iteration, the starting point first.
+        choices: what served the 'lower systems' and the 'hyper-Hessian' at the end, in words. Override them by the
+            options ``solver`` and ``hessian``.
     """
 
     x: Tensor
@@ -88,6 +90,11 @@ class Result:
     method: str
     cubic_reg: float = math.nan
     min_eigenvalue: float = math.nan
+    choices: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The line that ``print`` gives, and one for each choice."""
+        return "\n".join([str(self), *(f"  {what}: {choice}" for what, choice in self.choices.items())])
 
     def __str__(self) -> str:
         return (

@@ -105,7 +105,7 @@ def test_heads_of_a_meta_batch_are_one_block_diagonal_problem() -> None:
     torch.manual_seed(0)
     backbone = Backbone(1, 16, width=4).double()
     episodes = sample(toy_classes(), 3, torch.Generator().manual_seed(1), queries=4)
-    episodes = few_shot.Episodes(episodes.support.double(), episodes.support_labels, episodes.query.double(), episodes.query_labels)
+    episodes = few_shot.Episodes(*(part.double() if part.is_floating_point() else part for part in vars(episodes).values()))
     heads = few_shot.Heads(3, backbone.features).double()
     problem = tb.BilevelProblem(heads, backbone, few_shot.head_loss(0.5), few_shot.query_loss, *few_shot.batches(episodes))
     together = tb.ImplicitOracle(problem).evaluate()
@@ -160,8 +160,9 @@ def test_training_raises_accuracy_on_unseen_classes_and_repeats() -> None:
 def test_command_runs_on_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for part in few_shot.PARTS:
         write_folders(tmp_path / "FC100" / part, classes=3, images=17)
-    arguments = ["few_shot", "--config", "configs/few_shot/fc100.yaml", "--data-dir", str(tmp_path), "--runs-dir", str(tmp_path / "runs"),
-                 "ways=3", "shots=2", "meta_batch=1", "judged=2", "looks=1", "width=4", "seconds=0.3", "seeds=[0]",
+    runs = str(tmp_path / "runs")
+    arguments = ["few_shot", "--config", "configs/few_shot/fc100.yaml", "--data-dir", str(tmp_path), "--runs-dir", runs, "ways=3",
+                 "shots=2", "meta_batch=1", "judged=2", "looks=1", "width=4", "seconds=0.3", "seeds=[0]",
                  "methods={adam: {lr: 0.01}}"]  # fmt: skip
     assert main(arguments) == 0
     assert "adam" in capsys.readouterr().out

@@ -78,3 +78,15 @@ def test_lowest_weights(tmp_path: Path, drawn: list) -> None:
     titles = [axis.get_title() for axis in drawn[0].axes]
     assert titles == ["3 (is 8)\n0.05", "1\n0.10", "2 (is 7)\n0.30", ""]
     assert (drawn[0].axes[0].images[0].get_array().data == images[3].numpy()).all()
+
+
+def test_bands_follow_the_best_point_so_far(tmp_path):
+    from experiments.figures import _best_so_far, bands
+
+    records = [{"work": 1, "loss": 3.0, "accuracy": 0.1}, {"work": 4, "loss": 1.0, "accuracy": 0.7},
+               {"work": 9, "loss": 2.0, "accuracy": 0.9}]  # fmt: skip
+    at = [_best_so_far(records, "work", "accuracy", "loss", limit) for limit in (0.5, 3, 4, 20)]
+    assert at == [0.1, 0.1, 0.7, 0.7]  # the lower loss, not the later point
+    panels = [("work", "loss", "work", "loss"), ("work", "accuracy", "work", "accuracy")]
+    path = bands(tmp_path / "bands.png", {"a": [{"records": records}] * 3, "none": []}, panels, best="loss")
+    assert path.stat().st_size > 5000

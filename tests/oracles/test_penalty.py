@@ -76,6 +76,19 @@ def test_an_inexact_lower_level_is_not_multiplied_by_the_penalty(scheme, make, e
         assert error(ev.hessian.to_dense(), truth.hessian) <= 20 * distance + 1e-9
 
 
+def test_a_large_learner_does_not_spoil_the_difference():
+    """lo is held to eps |lo|, so d no better than eps |lo| / delta; what is left there is no reason to solve for hi anew,
+    to 1e-10 |hi|, which over delta = 2e-4 was an error of the whole gradient (FSBA then stalled)."""
+    size, slope = 700.0, 1e-4
+    start = torch.full((1,), size, dtype=torch.float64)
+    oracle = tb.PenaltyOracle(tb.BilevelProblem.from_functions(
+        lambda x, y: slope * torch.sin(3 * y).sum(), lambda x, y: ((y - x) ** 2).sum() / 2, start, start.clone()
+    ))  # fmt: skip
+    for i in range(60):
+        x = start + 0.37 * i * 10.0 ** -(i % 4)
+        assert float((oracle.evaluate(x).gradient - 3 * slope * torch.cos(3 * x)).abs()) <= 5e-9
+
+
 @pytest.mark.parametrize("scheme", ["forward", "central"])
 def test_quadrature_and_subtraction_agree_in_float64(scheme, make, expected):
     for penalty in (3.0, 30.0, 1e3):

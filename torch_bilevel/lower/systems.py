@@ -83,6 +83,13 @@ class LowerSystems:
         """What preconditions CG now."""
         return self.kept.factor
 
+    def describe(self) -> str:
+        """What serves the systems now, in words."""
+        if self.solver != "auto":
+            return self.solver
+        kind = {CholeskyFactor: "a Cholesky factor of", NystromPreconditioner: "CG with a Nystrom sketch of rank"}
+        return "CG" if self.factor is None else f"{kind[type(self.factor)]} {self.kept.level}, kept"
+
     def operator(self, at: Linearisation) -> FunctionOperator:
         """h_yy + damping I at the recorded point, as a LinearOperator."""
         shift = self.damping

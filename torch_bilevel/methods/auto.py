@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from ..counting import OracleCounts
-from ..lower.kept import BLOCK_DISCOUNT, is_exact
-from ..oracles import HyperOracle
+from ..lower.kept import is_exact
+from ..oracles import Evaluation, HyperOracle
 from ..problem import BilevelProblem
 from ..results import StepReport
 from .base import STATE_VERSION, Method, Run
@@ -21,12 +22,15 @@ from .regularisation import FittedRegularisation
 from .schedule import make_schedule
 from .second_order import for_steps
 
-#: L-BFGS steps before the rates are compared, and over which they are measured.
-WINDOW = 6
+#: L-BFGS steps before rates are compared; they are measured over so many at least, and over this share of a finish.
+WINDOW, WINDOW_SHARE = 6, 1 / 8
 #: what a second-order finish is reckoned to need: Hessians, evaluations, decades of gradient it is compared over.
 FINISH_HESSIANS, FINISH_EVALUATIONS, FINISH_DECADES = 4, 10, 4
 #: products of a typical Krylov model.
 KRYLOV_PRODUCTS = 40
+#: a function is quadratic along a step where the trapezoid rule is exact to this; one Hessian is then a finish where it
+#: costs no more than so many evaluations.
+QUADRATIC, QUADRATIC_PRICE = 1e-6, 4.0
 
 
 @final
@@ -55,6 +59,7 @@ class AutoRun(Run):
             self.active = LBFGSRun(method.first, problem, oracle, seed=seed, bounds=bounds)
         self._norms: list[float] = []
         self._evaluations: list[int] = []
+        self._quadratic = False
 
     @property
     def is_second_order(self) -> bool:
@@ -65,11 +70,13 @@ class AutoRun(Run):
         if not self.is_second_order:
             if not self._norms:
                 self._record()
-            if self._norms[-1] == 0.0 or self._slow():
+            if self._norms[-1] == 0.0 or self._slow() or (self._quadratic and self.hessian_cost() <= QUADRATIC_PRICE):
                 self._go_second_order()
+        before = self.active.current()
         report = self.active.step()
         if not self.is_second_order:
             self._record()
+            self._quadratic = report.accepted and is_quadratic(before, self.active.current())
             if report.stalled:
                 self._go_second_order()
                 report.stalled = False
@@ -83,27 +90,38 @@ class AutoRun(Run):
         self._evaluations.append(self.counts.evaluations)
 
     def _slow(self) -> bool:
-        """Whether L-BFGS, at its rate of late, would pay more for four decades of gradient than a finish costs."""
-        if len(self._norms) <= WINDOW:
+        """Whether L-BFGS, at its rate of late, would pay more for four decades of gradient than a finish costs.
+
+        Of late: over an eighth of the evaluations that a finish costs, since |gradient| goes up and down on the way.
+        """
+        norms, evaluations = self._norms, self._evaluations
+        if len(norms) <= WINDOW:
             return False
-        now, then = min(self._norms[-WINDOW:]), min(self._norms[:-WINDOW])
+        finish = FINISH_HESSIANS * self.hessian_cost() + FINISH_EVALUATIONS
+        window = WINDOW
+        while window < len(norms) - 1 and evaluations[-1] - evaluations[-1 - window] < WINDOW_SHARE * finish:
+            window += 1
+        spent = evaluations[-1] - evaluations[-1 - window]
+        if spent < WINDOW_SHARE * finish:
+            return False
+        now, then = min(norms[-window:]), min(norms[:-window])
         decades = math.log10(then / now) if now > 0 else math.inf
-        spent = self._evaluations[-1] - self._evaluations[-1 - WINDOW]
-        rate = spent / decades if decades > 0 else math.inf
-        return FINISH_DECADES * rate > FINISH_HESSIANS * self.hessian_cost() + FINISH_EVALUATIONS
+        return decades <= 0 or FINISH_DECADES * spent / decades > finish
 
     def hessian_cost(self) -> float:
-        """A hyper-Hessian in evaluations, from the counts so far: what its model takes over what an evaluation took."""
+        """A hyper-Hessian in evaluations, both in oracle calls: what its model and its lower factor would take over what an
+        evaluation has taken so far, lower factors apart."""
         counts, dx, dy = self.counts, self.problem.dx, self.problem.dy
-        per_evaluation = counts.oracle_calls / max(1, counts.evaluations)
-        per_solve = (counts.upper_products + counts.lower_products) / max(1, counts.solves)
         factored = is_exact(dy)
+        factors = dy * counts.factorisations if factored else 0
+        per_evaluation = (counts.oracle_calls - factors) / max(1, counts.evaluations)
+        per_solve = (counts.upper_products + counts.lower_products - factors) / max(1, counts.solves)
         per_product = 3 + 2 * (1 if factored else per_solve)
         if self.method.then.hessian == "dense" or (self.method.then.hessian == "auto" and dx <= MAX_DENSE):
-            calls = dx * per_product / BLOCK_DISCOUNT
+            calls = min(dx, dy) * per_product
         else:
             calls = min(KRYLOV_PRODUCTS, dx) * per_product
-        return (calls + (dy / BLOCK_DISCOUNT if factored else 0)) / max(per_evaluation, 1.0)
+        return (calls + (dy if factored else 0)) / max(per_evaluation, 1.0)
 
     def _go_second_order(self) -> None:
         old = self.active
@@ -149,6 +167,9 @@ class AutoRun(Run):
     def current(self):
         return self.active.current()
 
+    def choices(self) -> dict[str, str]:
+        return self.active.choices()
+
     def set_data(self, problem: BilevelProblem) -> None:
         self.active.set_data(problem)
 
@@ -157,7 +178,8 @@ class AutoRun(Run):
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "method": "auto", "second": self.is_second_order, "active": self.active.state_dict(),
-                "norms": list(self._norms), "evaluations": list(self._evaluations)}  # fmt: skip
+                "norms": list(self._norms), "evaluations": list(self._evaluations),
+                "quadratic": self._quadratic}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check_method(state)
@@ -165,6 +187,15 @@ class AutoRun(Run):
             self._go_second_order()
         self.active.load_state_dict(state["active"])
         self._norms, self._evaluations = list(state["norms"]), list(state["evaluations"])
+        self._quadratic = state["quadratic"]
+
+
+def is_quadratic(before: Evaluation, after: Evaluation) -> bool:
+    """Whether the value's change along the step is that of the two slopes' mean, as for a quadratic function only."""
+    s = after.x - before.x
+    slopes = torch.stack([torch.dot(before.gradient, s), torch.dot(after.gradient, s)])
+    error = after.value - before.value - slopes.mean()
+    return bool(error.abs() <= QUADRATIC * slopes.abs().sum())
 
 
 @register("auto")
@@ -180,9 +211,10 @@ def AUTO(
 ) -> Auto:
     """L-BFGS on exact hypergradients while far, then cubic Newton steps with a lazy Hessian. Ours.
 
-    The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at the rate of its last six steps,
-    four more decades of gradient would cost it more than a second-order finish (four Hessians and ten evaluations, at
-    the cost of a Hessian reckoned from the counts so far).
+    The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades of
+    gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls reckoned
+    from the counts so far. The rate is believed once measured over six steps and an eighth of that finish. Where its
+    steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.

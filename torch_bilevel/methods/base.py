@@ -85,6 +85,10 @@ class Run(ABC):
         """Whether |gradient| <= eps may end the run now; a perturbed method waits until its noise has had its time."""
         return True
 
+    def choices(self) -> dict[str, str]:
+        """What was chosen for solving, in words, by what it serves; see ``Result.choices``."""
+        return {"lower systems": self.oracle.systems.describe()}
+
     def set_data(self, problem: BilevelProblem) -> None:
         """Go on with the same point on other data (``problem.at``)."""
         self.problem = self.oracle.problem = problem

@@ -8,7 +8,7 @@ from typing import Any, Callable, final
 import torch
 from torch import Tensor
 
-from ..cubic import CubicStatus, CubicStep
+from ..cubic import CubicStatus
 from ..errors import NonFiniteError, NotStronglyConvexError, SolverError
 from ..oracles import Evaluation, HyperOracle
 from ..problem import BilevelProblem
@@ -16,6 +16,7 @@ from ..results import StepReport
 from .base import Method, Run
 from .model import HessianModel, check_kind
 from .projected import cauchy_step, projected_step
+from .proposal import Proposal
 from .regularisation import FittedRegularisation, FixedRegularisation, Trial
 from .schedule import AdaptiveRefresh, Age, FixedPeriod
 
@@ -73,6 +74,7 @@ class CubicNewtonRun(Run):
         self._accepted = self._streak = 0
         self._failures = 0
         self._idle = 0
+        self._hessian_calls = 0
         self._lag = 0.0
         self._checked = math.inf
         self._best = (math.inf, math.inf)
@@ -96,50 +98,69 @@ class CubicNewtonRun(Run):
         if self._untested is not None:
             self._judge_untested(ev)
         refreshed = self.model is None or method.schedule.due(self.age)
+        spent = self.counts.oracle_calls
         if refreshed:
             self.refresh()
         if self._cubic_reg is None:
             g_norm = float(torch.linalg.vector_norm(ev.gradient))
             self._cubic_reg = method.regularisation.initial(self.model.norm(ev.gradient), g_norm)
         cubic_reg = self._cubic_reg
-        step, x_new, predicted, quadratic = self._propose(ev, cubic_reg)
-        s = x_new - self.x
-        length = float(torch.linalg.vector_norm(s))
-        if length == 0.0:
+        tried = self._propose(ev, cubic_reg)
+        if tried.length == 0.0:
             return self._stay(refreshed, cubic_reg)
+        if refreshed:  # the price of a Hessian is that of its model as well
+            self._hessian_calls, spent = self.counts.oracle_calls - spent, self.counts.oracle_calls
         if self.oracle.lower_is_external:
-            return self._go_untested(ev, step, x_new, s, predicted, quadratic, refreshed)
+            return self._go_untested(ev, tried, refreshed)
         warm = dict(self.oracle.warm)
-        self.oracle.predict(ev, x_new)
-        trial_ev = self._try(x_new)
-        if trial_ev is None:
-            trial, accepted = Trial(predicted, -math.inf, math.inf), False
+        self.oracle.predict(ev, tried.x_new)
+        new = self._try(tried.x_new)
+        if new is None:
+            pull = float(torch.linalg.vector_norm(ev.gradient)) / tried.length**2
+            trial, accepted = Trial(tried.predicted, -math.inf, math.inf, pull), False
         else:
-            trial = self._compare(ev, trial_ev, s, length, predicted, quadratic, step)
+            trial = self._compare(ev, new, tried)
             accepted = method.regularisation.accepts(trial)
-        stale = method.schedule.refreshes_on_failure and self.snapshot is not ev
         self.steps += 1
+        error = math.inf
+        if new is not None and method.schedule.refreshes_on_failure:
+            error = self._model_error(ev.x, ev.gradient, new.gradient, self._model_gradient(ev, tried))
+        self._grow_older(ev.x, tried.length, accepted, error, self.counts.oracle_calls - spent)
         if accepted:
-            self.x, self.evaluation = x_new, trial_ev
+            self.x, self.evaluation = tried.x_new, new
             self._accepted += 1
             self._streak += 1
-            self.age.accepted += 1
             self._failures = 0
         else:
             self._failures += 1
             self._streak = 0
             self.oracle.warm = warm
-        lagging = not accepted and self.oracle.single_loop and self._catch_up(predicted)
-        self.age.last_step, self.age.last_accepted, self.age.last_ratio = length, accepted, trial.ratio
-        self.age.distance = float(torch.linalg.vector_norm(self.x - self.snapshot.x))
-        if not lagging and not (stale and method.schedule.due(self.age)):  # a stale Hessian is blamed before M
+        lagging = not accepted and self.oracle.single_loop and self._catch_up(tried.predicted)
+        blamed = method.schedule.refreshes_on_failure and method.schedule.due(self.age)  # a stale Hessian, before M
+        if not lagging and not blamed:
             self._cubic_reg = method.regularisation.after(cubic_reg, trial, accepted, self._accepted, self._streak)
         self._idle = 0 if lagging or (accepted and self._progressed()) else self._idle + 1
         return self.report(
-            step_norm=length, accepted=accepted, cubic_reg=cubic_reg, refreshed=refreshed,
-            predicted_decrease=predicted, ratio=trial.ratio,
+            step_norm=tried.length, accepted=accepted, cubic_reg=cubic_reg, refreshed=refreshed,
+            predicted_decrease=tried.predicted, ratio=trial.ratio,
             stalled=method.regularisation.adaptive and self._idle >= PATIENCE,  # a constant M may go up and down
         )  # fmt: skip
+
+    def _grow_older(self, start: Tensor, length: float, accepted: bool, error: float, calls: int) -> None:
+        """What a step from ``start`` (dx,) showed of the Hessian it was made with; ``calls``: what it cost."""
+        self.age = Age(
+            accepted=self.age.accepted + accepted, distance=float(torch.linalg.vector_norm(start - self.snapshot.x)),
+            last_step=length, last_accepted=accepted, last_error=error, price=self._hessian_calls / max(calls, 1),
+        )  # fmt: skip
+
+    def _model_error(self, x: Tensor, g: Tensor, new_gradient: Tensor, model_gradient: Tensor) -> float:
+        """|g+ - (g + H s)| / |g|, on the variables that are free at x."""
+        error = new_gradient - model_gradient
+        if self.box is not None:
+            free = self.box.free(x, g).to(g.dtype)
+            error, g = free * error, free * g
+        wrong, size = torch.stack([torch.linalg.vector_norm(error), torch.linalg.vector_norm(g)]).tolist()
+        return wrong / size if size > 0 else math.inf if wrong > 0 else 0.0
 
     def _progressed(self) -> bool:
         """Whether the value fell by more than rounding, or the gradient by a tenth, below the best so far."""
@@ -178,6 +199,10 @@ class CubicNewtonRun(Run):
         """Rounding of a difference of values of the hyper-objective."""
         return self.oracle.value_noise(max(abs(value), abs(other)))
 
+    def choices(self) -> dict[str, str]:
+        chosen = super().choices()
+        return chosen if self.model is None else {**chosen, "hyper-Hessian": self.model.describe()}
+
     def set_data(self, problem: BilevelProblem) -> None:
         super().set_data(problem)
         self._best = (math.inf, math.inf)
@@ -214,8 +239,8 @@ class CubicNewtonRun(Run):
         return HessianModel(None if matrix_saved else ev.hessian, kind=method.hessian, tol=method.model_tol,
                             max_basis=method.max_basis, eps=method.model_eps, seed=self.seed, state=state)  # fmt: skip
 
-    def _propose(self, ev: Evaluation, cubic_reg: float) -> tuple[CubicStep, Tensor, float, float]:
-        """(cubic step, new point, predicted decrease, quadratic change) with bounds and scale applied."""
+    def _propose(self, ev: Evaluation, cubic_reg: float) -> Proposal:
+        """The step of the cubic model, with bounds and scale applied."""
         model, box, g = self.model, self.box, ev.gradient
         adaptive = self.method.regularisation.adaptive
         if box is None or not adaptive:  # as published: the step of all variables, then projected
@@ -228,21 +253,26 @@ class CubicNewtonRun(Run):
         if not step.ok and not step.descends and float(torch.linalg.vector_norm(step.step)) > 0:
             raise SolverError(step.describe(), step)
         if box is None and self.scale == 1.0:
-            return step, self.x + s, float(step.predicted_decrease), float(step.quadratic_change)
+            x_new = self.x + s
+            s = x_new - self.x
+            length = float(torch.linalg.vector_norm(s))
+            return Proposal(step, x_new, s, length, float(step.predicted_decrease), float(step.quadratic_change))
         s = self.scale * s
         if box is not None and not adaptive:
             s = box.project(self.x + s) - self.x
-        quadratic, predicted = self._model_values(g, s, cubic_reg)
+        quadratic, predicted, Hs = self._model_values(g, s, cubic_reg)
         if box is not None and adaptive and not predicted > 0:
             s = cauchy_step(model, box, self.x, g, cubic_reg)
-            quadratic, predicted = self._model_values(g, s, cubic_reg)
+            quadratic, predicted, Hs = self._model_values(g, s, cubic_reg)
         x_new = self.x + s if box is None else box.project(self.x + s)
-        return step, x_new, predicted, quadratic
+        s = x_new - self.x
+        return Proposal(step, x_new, s, float(torch.linalg.vector_norm(s)), predicted, quadratic, Hs)
 
-    def _model_values(self, gradient: Tensor, s: Tensor, cubic_reg: float) -> tuple[float, float]:
-        """(quadratic change, predicted decrease) of the cubic model along any s; one product for a Krylov model."""
-        quadratic = float(torch.dot(gradient, s) + 0.5 * torch.dot(s, self.model.product(s)))
-        return quadratic, -quadratic - cubic_reg / 6 * float(torch.linalg.vector_norm(s)) ** 3
+    def _model_values(self, gradient: Tensor, s: Tensor, cubic_reg: float) -> tuple[float, float, Tensor]:
+        """(quadratic change, predicted decrease) of the cubic model along any s, and H s; one product for a Krylov model."""
+        Hs = self.model.product(s)
+        quadratic = float(torch.dot(gradient, s) + 0.5 * torch.dot(s, Hs))
+        return quadratic, -quadratic - cubic_reg / 6 * float(torch.linalg.vector_norm(s)) ** 3, Hs
 
     def _try(self, x_new: Tensor) -> Evaluation | None:
         """The evaluation at a trial point; None where it fails and the method may shorten the step instead."""
@@ -255,56 +285,51 @@ class CubicNewtonRun(Run):
                 raise
             return None
 
-    def _compare(
-        self, ev: Evaluation, new: Evaluation, s: Tensor, length: float, predicted: float, quadratic: float,
-        step: CubicStep,
-    ) -> Trial:  # fmt: skip
+    def _compare(self, ev: Evaluation, new: Evaluation, tried: Proposal) -> Trial:
         """Actual decrease and fitted M of a step, from values or, where rounding drowns them, from gradients.
 
         For a cubic function the two agree: with e = (g_new - g - H s)'s, actual change = quadratic change + e/3 and
         fit = 2 e / |s|^3. Values carry an error of about 30 eps |value|, of a single loop also that of its lag; the
         gradient form replaces them when the predicted decrease is not well above that.
         """
+        s, length, predicted, quadratic = tried.s, tried.length, tried.predicted, tried.quadratic
+        pull = float(torch.linalg.vector_norm(ev.gradient)) / length**2
+        lowest = float(tried.cubic.min_eigenvalue)
+        reach = float(torch.linalg.vector_norm(new.gradient)) / (lowest * length) if lowest > 0 else math.inf
         value, new_value = float(ev.value), float(new.value)
         noise = self._noise(value, new_value)
         change = new_value - value
         if not abs(predicted) > max(100 * noise, 10 * self._lag):
             noise = max(noise, self._lag)
-            bend = float(torch.dot(new.gradient - self._model_gradient(ev, step, s), s))
+            bend = float(torch.dot(new.gradient - self._model_gradient(ev, tried), s))
             change, fit = quadratic + bend / 3, 2 * bend / length**3
             old_norm, new_norm = self.stationarity(), float(torch.linalg.vector_norm(new.gradient))
             if self.box is not None:
                 new_norm = float(self.box.stationarity(new.x, new.gradient))
             if new_norm < old_norm and new_value - value <= noise:  # at rounding: a smaller gradient is progress
                 change = min(change, -0.5 * predicted)
-            return Trial(predicted, -change, fit)
-        return Trial(predicted, -change, 6 * (change - quadratic) / length**3)
+            return Trial(predicted, -change, fit, pull, reach)
+        return Trial(predicted, -change, 6 * (change - quadratic) / length**3, pull, reach)
 
     def _stay(self, refreshed: bool, cubic_reg: float) -> StepReport:
         """The model has no step to offer: stationary for this Hessian."""
         self.steps += 1
         self._idle = PATIENCE if self.snapshot is self.evaluation else self._idle + 1
-        self.age.last_accepted = False
+        self.age.last_accepted, self.age.distance = False, float(torch.linalg.vector_norm(self.x - self.snapshot.x))
         return self.report(accepted=False, cubic_reg=cubic_reg, refreshed=refreshed, stalled=self._idle >= PATIENCE)
 
     # -- a learner that the user trains: no trial can be evaluated, M follows the gradients --------------------------
 
-    def _go_untested(
-        self, ev: Evaluation, step: CubicStep, x_new: Tensor, s: Tensor, predicted: float, quadratic: float,
-        refreshed: bool,
-    ) -> StepReport:  # fmt: skip
+    def _go_untested(self, ev: Evaluation, tried: Proposal, refreshed: bool) -> StepReport:
         """Take the step; the next evaluation's gradient will judge it. The report is of the point it left."""
         self.steps += 1
-        report = self.report(step_norm=float(torch.linalg.vector_norm(s)), cubic_reg=self._cubic_reg,
-                             refreshed=refreshed, predicted_decrease=predicted)  # fmt: skip
-        self._untested = {"s": s, "model_gradient": self._model_gradient(ev, step, s), "predicted": predicted,
-                          "quadratic": quadratic}  # fmt: skip
-        self.x, self.evaluation = x_new, None
+        report = self.report(step_norm=tried.length, cubic_reg=self._cubic_reg, refreshed=refreshed,
+                             predicted_decrease=tried.predicted)  # fmt: skip
+        self._untested = {"s": tried.s, "model_gradient": self._model_gradient(ev, tried), "predicted": tried.predicted,
+                          "quadratic": tried.quadratic, "gradient": ev.gradient, "x": ev.x}  # fmt: skip
+        self.x, self.evaluation = tried.x_new, None
         self._accepted += 1
         self._streak += 1
-        self.age.accepted += 1
-        self.age.last_step, self.age.last_accepted, self.age.last_ratio = report.step_norm, True, 1.0
-        self.age.distance = float(torch.linalg.vector_norm(self.x - self.snapshot.x))
         return report
 
     def _judge_untested(self, ev: Evaluation) -> None:
@@ -312,14 +337,15 @@ class CubicNewtonRun(Run):
         length = float(torch.linalg.vector_norm(last["s"]))
         bend = float(torch.dot(ev.gradient - last["model_gradient"], last["s"]))
         trial = Trial(last["predicted"], -(last["quadratic"] + bend / 3), 2 * bend / length**3)
-        self.age.last_ratio = trial.ratio
+        error = self._model_error(last["x"], last["gradient"], ev.gradient, last["model_gradient"])
+        self._grow_older(last["x"], length, True, error, ev.counts.oracle_calls)
         self._cubic_reg = self.method.regularisation.after(self._cubic_reg, trial, True, self._accepted, self._streak)
 
-    def _model_gradient(self, ev: Evaluation, step: CubicStep, s: Tensor) -> Tensor:
-        """g + H s: from the optimality of the cubic step (no product), or by a product where s was cut or scaled."""
+    def _model_gradient(self, ev: Evaluation, tried: Proposal) -> Tensor:
+        """g + H s: from the optimality of the cubic step (no product), or with the H s of a step that was cut or scaled."""
         if self.box is None and self.scale == 1.0 and self.model.kind != "gradient":
-            return -float(step.shift) * step.step  # a Krylov step's residual is orthogonal to s
-        return ev.gradient + self.model.product(s)
+            return -float(tried.cubic.shift) * tried.cubic.step  # a Krylov step's residual is orthogonal to s
+        return ev.gradient + (self.model.product(tried.s) if tried.Hs is None else tried.Hs)
 
     # -- data, state ----------------------------------------------------------------------------------------------
 
@@ -332,7 +358,7 @@ class CubicNewtonRun(Run):
             snapshot_is_current=self.snapshot is self.evaluation,
             snapshot_data=list(self.snapshot_problem.data()) if needs_data else None,
             age=dict(self.age.__dict__), cubic_reg=self._cubic_reg, accepted=self._accepted, streak=self._streak,
-            failures=self._failures,
+            failures=self._failures, hessian_calls=self._hessian_calls,
             idle=self._idle, lag=self._lag, checked=self._checked, best=self._best, untested=self._untested, escape=self._escape,
         )  # fmt: skip
         return state
@@ -341,7 +367,7 @@ class CubicNewtonRun(Run):
         super().load_state_dict(state)
         self.age = Age(**state["age"])
         self._cubic_reg, self._accepted, self._failures = state["cubic_reg"], state["accepted"], state["failures"]
-        self._streak = state["streak"]
+        self._streak, self._hessian_calls = state["streak"], state["hessian_calls"]
         self._lag, self._checked = state["lag"], state["checked"]
         self._idle, self._best, self._untested = state["idle"], tuple(state["best"]), state["untested"]
         self._escape = state["escape"]

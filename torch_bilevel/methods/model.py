@@ -102,6 +102,13 @@ class HessianModel:
             return gradient_descent_step(self._model, gradient, cubic_reg, eps=self.eps, seed=self.seed)
         return self._model.solve(gradient, cubic_reg)
 
+    def describe(self) -> str:
+        """Its kind and size, in words."""
+        if self.kind == "dense":
+            return f"dense, {len(self.matrix)} x {len(self.matrix)}"
+        size = f", {self._model.basis_size} vectors of {self.hessian.n}" if self.kind == "krylov" else ""
+        return self.kind + size
+
     def include(self, direction: Tensor) -> None:
         """Hold a direction of known negative curvature; a dense model sees all of them anyway."""
         if self.kind == "krylov":

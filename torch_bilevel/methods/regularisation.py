@@ -14,16 +14,24 @@ class Trial:
     """What a tried step showed.
 
     predicted: decrease of the cubic model (> 0). actual: decrease of the hyper-objective. fit: the coefficient for
-    which the cubic model would have been exact along s, 6 (actual change - quadratic change) / |s|^3.
+    which the cubic model would have been exact along s, 6 (actual change - quadratic change) / |s|^3. pull: |g| / |s|^2,
+    half the coefficient that makes a step of this length from the gradient alone. reach: |g+| / lambda_min(H) / |s|, how
+    many times longer a next step without regularisation may be; inf where H is not positive definite.
     """
 
     predicted: float
     actual: float
     fit: float
+    pull: float = 0.0
+    reach: float = math.inf
 
     @property
     def ratio(self) -> float:
         return self.actual / self.predicted if self.predicted > 0 else math.nan
+
+
+#: |fit| / M below which a function is taken to be quadratic along the step, and how many times as far it is believed
+QUADRATIC, BELIEVED = 1e-6, 1e3
 
 
 @final
@@ -57,7 +65,8 @@ class FittedRegularisation:
 
     A step is accepted when the decrease is at least ``eta`` of the predicted one. The fitted coefficient costs
     nothing, and hardly a step is rejected; fixed shrink-and-grow factors lose half of the evaluations
-    (docs/methods.md). The first M makes the regularisation as strong as the Hessian at the Newton step,
+    (docs/methods.md). Where the fit is nothing beside M (1e-6) and H is positive definite, the function is taken to be
+    quadratic and M goes down to the fit at once. A rejection raises M twofold to tenfold, or to 20 |g| / |s|^2 where M was too small to shorten a step. The first M makes the regularisation as strong as the Hessian at the Newton step,
     M = 2 |H|^2 / |g|, bounded by |H| per unit length, so that it follows any scaling of values and variables.
 
     Args:
@@ -91,9 +100,11 @@ class FittedRegularisation:
         """The next M; ``steps`` accepted so far, ``streak`` of them in a row."""
         wide = 25.0 if steps < 4 else 1.0
         wanted = 2.0 * trial.fit if math.isfinite(trial.fit) else math.inf
-        if accepted:
+        if accepted and abs(trial.fit) <= QUADRATIC * cubic_reg and trial.reach <= BELIEVED:
+            new = max(wanted, QUADRATIC**2 * cubic_reg)
+        elif accepted:
             lowest = (0.25 if streak >= 4 else 0.5) * cubic_reg / (wide if wanted > 0 else 1.0)
             new = min(max(wanted, lowest), 4.0 * cubic_reg)
         else:
-            new = min(max(wanted, 2.0 * cubic_reg), 10.0 * cubic_reg * wide)
+            new = min(max(wanted, 2.0 * cubic_reg), max(10.0 * cubic_reg, 20.0 * trial.pull) * wide)
         return max(new, 1e-30)

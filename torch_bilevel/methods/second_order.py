@@ -90,8 +90,8 @@ def LFSBA(
     iterations with one Hessian per m of them. Theory's M = 6 m L2 is far too careful in practice (docs/methods.md).
 
     Args:
-        period: m accepted steps per Hessian (published), or 'adaptive' (default): refreshed when the model fails or
-            the snapshot lies more than two steps back. With a number the promise is kept to the letter: a rejected
+        period: m accepted steps per Hessian (published), or 'adaptive' (default): refreshed when that is worth
+            its price, see AdaptiveRefresh. With a number the promise is kept to the letter: a rejected
             step raises M and never refreshes.
         Others: see FSBA.
     """

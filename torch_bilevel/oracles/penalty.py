@@ -177,6 +177,8 @@ class PenaltyOracle(HyperOracle):
             tol = max(tol, self.lower_tol)
         if self.systems.tol is not None:
             linear_tol = max(linear_tol, self.systems.tol)
+        # lo + delta d is held to eps |lo|, d therefore no better than to
+        rounding = 10 * torch.finfo(d.dtype).eps * (1.0 + float(torch.linalg.vector_norm(segment.lo))) / segment.delta
         kept: tuple[Tensor, Quotient] | None = None
         best = length = math.inf
         for attempt in range(12):
@@ -185,7 +187,7 @@ class PenaltyOracle(HyperOracle):
             if norm == 0.0 or (attempt and length * norm / best <= tol * size):
                 return d, quotient
             if not norm < best:
-                if attempt and length <= 1e3 * tol * size:
+                if attempt and length <= max(1e3 * tol * size, rounding):
                     return kept  # at rounding: the last point was the better one
                 d = d if kept is None else kept[0]
                 break
@@ -201,7 +203,9 @@ class PenaltyOracle(HyperOracle):
             if high.ok:
                 break
         d = (require_lower(high).y - segment.lo) / segment.delta
-        return d, segment.quotient(d)
+        found = d, segment.quotient(d)
+        # its error is that of a lower solution, divided by delta: Newton's point may have been the better one
+        return kept if kept is not None and best < float(torch.linalg.vector_norm(found[1].gy)) else found
 
     def _evaluation(
         self, segment: Segment, d: Tensor, value: Tensor, gradient: Tensor, recorded: dict[str, Linearisation | None]

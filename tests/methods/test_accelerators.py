@@ -1,0 +1,71 @@
+"""Every accelerator on and off: the same second-order stationary points, whatever is kept, blocked, folded or formed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_bilevel as tb
+from tests.problems import ill_conditioned, nonconvex
+from torch_bilevel import derivatives
+from torch_bilevel.lower import kept
+
+CASES = {"nonconvex": nonconvex(), "ill_conditioned": ill_conditioned()}
+
+
+def nothing(monkeypatch):
+    return {}
+
+
+def folded(monkeypatch):
+    monkeypatch.setattr(derivatives, "SMALL", 0)
+    return {}
+
+
+def single_products(monkeypatch):
+    for name in ("BLOCK", "SMALL_BLOCK"):
+        monkeypatch.setattr(derivatives, name, 1)
+    return {}
+
+
+def nothing_kept(monkeypatch):
+    return {"solver": "cg"}
+
+
+def a_factor_everywhere(monkeypatch):
+    return {"solver": "cholesky"}
+
+
+def sketches(monkeypatch):
+    monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 1)
+    monkeypatch.setattr(kept.KeptFactor, "levels", staticmethod(lambda n, dtype: [n // 4, n // 2]))
+    return {"hessian": "krylov"}
+
+
+def krylov(monkeypatch):
+    return {"hessian": "krylov"}
+
+
+SETTINGS = (nothing, folded, single_products, nothing_kept, a_factor_everywhere, sketches, krylov)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("method", ["auto", "dlcrn", "lfsba", "lazy_slcrn"])
+def test_same_quality_with_every_accelerator_on_and_off(method, name, setting, monkeypatch):
+    case = CASES[name]
+    result = tb.minimize(case.problem(), method, max_steps=100, gradient_tol=1e-6, **setting(monkeypatch))
+    exact = case.reference.implicit(result.x)
+    assert result.status is tb.Status.SECOND_ORDER
+    assert float(exact.gradient.norm()) <= 1e-5
+    assert float(torch.linalg.eigvalsh(exact.hessian)[0]) >= -1e-5
+
+
+def test_choices_are_reported():
+    dense = tb.minimize(nonconvex().problem(), "dlcrn", max_steps=3)
+    assert dense.choices == {"lower systems": "a Cholesky factor of 8, kept", "hyper-Hessian": "dense, 12 x 12"}
+    assert "hyper-Hessian: dense" in dense.describe()
+    free = tb.minimize(nonconvex().problem(), "dlcrn", max_steps=3, solver="cg", hessian="krylov")
+    assert free.choices["lower systems"] == "cg"
+    assert free.choices["hyper-Hessian"].startswith("krylov, ")
+    assert "hyper-Hessian" not in tb.minimize(nonconvex().problem(), "lbfgs", max_steps=3).choices
