@@ -176,7 +176,13 @@ class LowerSystems:
         return result
 
     def prepare(self, at: Linearisation) -> None:
-        """Ready for the many solves of a hyper-Hessian at this point: a factor where they would pay for it."""
+        """Ready for the many solves of a hyper-Hessian at this point: a factor where they would pay for it.
+
+        Decided once a point, as ``at.prepared`` says.
+        """
+        if getattr(at, "prepared", False):
+            return
+        at.prepared = True
         if self.solver == "cholesky":
             self.factor_at(at)
         elif self.solver == "auto" and getattr(at, "factor", None) is None:
