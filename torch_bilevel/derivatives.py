@@ -33,6 +33,16 @@ def load_torch_func() -> None:
     grad_and_value(lambda x: x.sum())(one)
 
 
+def is_large(*points: Tensor) -> bool:
+    """Whether products are dear enough that the microseconds of a dispatch mode do not count."""
+    return sum(point.numel() for point in points) > SMALL
+
+
+def fast_products(*points: Tensor):
+    """FoldedProducts for large problems."""
+    return FoldedProducts() if is_large(*points) else nullcontext()
+
+
 class Objective:
     """h(x, y) = a f(x, y) + b g(x, y) + b' <g_y(x, y), v>: the functions that bilevel formulas differentiate.
 
@@ -103,7 +113,8 @@ class Objective:
         argnums = tuple("xy".index(letter) for letter in wrt)
         value, parts = 0.0, None
         for function in self.functions():
-            pieces, piece_value = grad_and_value(function, argnums=argnums)(x, y)
+            with fast_products(x, y):
+                pieces, piece_value = grad_and_value(function, argnums=argnums)(x, y)
             value = value + piece_value.detach()
             pieces = [piece.detach() for piece in pieces]
             parts = pieces if parts is None else [a + b for a, b in zip(parts, pieces)]
@@ -188,7 +199,7 @@ class _Graph:
         self.x = x.clone().requires_grad_(True)
         self.y = y.clone().requires_grad_(True)
         argnums = tuple("xy".index(letter) for letter in wrt)
-        with torch.enable_grad():
+        with torch.enable_grad(), fast_products(x, y):
             gradients, value = grad_and_value(function, argnums=argnums)(self.x, self.y)
         found = dict(zip(wrt, gradients))
         self._outputs = {letter: found.get(letter) for letter in "xy"}
@@ -227,13 +238,11 @@ class _Graph:
                 for j in range(columns)
             ]
             return [torch.stack(parts, dim=1) for parts in zip(*singles)]
-        small = self.x.numel() + self.y.numel() <= SMALL
-        blocks, size = [], SMALL_BLOCK if small else BLOCK
+        blocks, size = [], BLOCK if is_large(self.x, self.y) else SMALL_BLOCK
         for start in range(0, columns, size):
             rows = [c[:, start : start + size].T.contiguous() for c in cotangents]
             try:
-                with nullcontext() if small else FoldedProducts():
-                    blocks.append(self._backward(outputs, inputs, rows, True))
+                blocks.append(self._backward(outputs, inputs, rows, True))
             except RuntimeError:  # an operation without a vmap rule: one column at a time, from now on
                 self._batched = False
                 return self._block(outputs, inputs, cotangents)
@@ -241,9 +250,10 @@ class _Graph:
 
     @staticmethod
     def _backward(outputs, inputs, cotangents, batched: bool) -> list[Tensor]:
-        parts = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        with fast_products(*inputs):
+            parts = torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
         rows = cotangents[0].shape[:1] if batched else ()
         return [
             part if part is not None else inputs[i].new_zeros((*rows, inputs[i].numel())) for i, part in enumerate(parts)

@@ -53,17 +53,12 @@ def first_at(run: dict[str, Any], level: float, axis: str, trainings: int) -> fl
 
 def levels(runs: Runs, share: float, quick: bool) -> list[float | None]:
     """For each seed the value after `share` of the way from the start to where L-BFGS is at the end of its trainings."""
-    budget = e7.trainings("lbfgs", 0, quick)
+    budget = e7.trainings("lbfgs", quick)
     found = []
     for run in runs["lbfgs"]:
         best = best_within(run, budget)
         found.append(None if best is None else run["records"][0]["value"] + share * (best - run["records"][0]["value"]))
     return found
-
-
-def _budget(method: str, runs: list[dict[str, Any]], quick: bool) -> int:
-    dx = next((run["dx"] for run in runs if run), 0)
-    return e7.trainings(method, dx, quick)
 
 
 def _reaching(runs: dict[str, Runs], axis: str, quick: bool) -> str:
@@ -73,7 +68,7 @@ def _reaching(runs: dict[str, Runs], axis: str, quick: bool) -> str:
             target = levels(group, share, quick)
             cells = []
             for method in e7.METHODS:
-                budget = _budget(method, group[method], quick)
+                budget = e7.trainings(method, quick)
                 cells.append(quartiles([None if level is None else first_at(run, level, axis, budget)
                                         for run, level in zip(group[method], target)]))  # fmt: skip
             rows.append([f"{name}, {100 * share:g} %", *cells])
@@ -81,15 +76,15 @@ def _reaching(runs: dict[str, Runs], axis: str, quick: bool) -> str:
 
 
 def _values(runs: dict[str, Runs], quick: bool) -> str:
-    common, rows = e7.trainings("lbfgs", 0, quick), []
+    common, rows = e7.trainings("lbfgs", quick), []
     for name, group in runs.items():
         for method in e7.METHODS:
-            budget = _budget(method, group[method], quick)
+            budget = e7.trainings(method, quick)
             start = [run["records"][0] if run else {} for run in group[method]]
             rows.append([
                 f"{name}, {LABELS[method]}", quartiles([r.get("value") for r in start], 4),
                 quartiles([best_within(run, common) for run in group[method]], 4),
-                f"{budget}" , quartiles([best_within(run, budget) for run in group[method]], 4),
+                f"{budget}", quartiles([best_within(run, budget) for run in group[method]], 4),
                 quartiles([r.get("accuracy") for r in start], 3, 100),
                 quartiles([best_within(run, common, key="accuracy") for run in group[method]], 3, 100),
                 quartiles([best_within(run, budget, key="accuracy") for run in group[method]], 3, 100),
@@ -145,16 +140,16 @@ ABOUT = f"""## What was run
 Two searches of daily practice, each minimised over the same hyperparameters by gradients and by search:
 
 - **l2_N**: logistic regression, `mean BCE(train) + sum_j exp(x_group(j)) w_j^2 + 1e-4 b^2`, one L2 weight for each of N groups of features, validated by
-  mean BCE. 20 Newsgroups, rec.* against sci.*, log(1 + count) of the 200 most frequent tokens (1000 for l2_1000), rows of length 1, 300 training and
+  mean BCE. 20 Newsgroups, rec.* against sci.*, log(1 + count) of the 200 most frequent tokens, rows of length 1, 300 training and
   300 validation documents, the official test set. The groups are neighbours in frequency. x starts at -5; bounds -12 .. 2.
 - **mixture_N**: softmax regression on N sources, `sum_k softmax(x)_k mean CE(source k) + 0.01 |w|^2`, validated by mean CE on 300 clean
   samples. Fashion-MNIST averaged to 7 x 7, 30 samples a source; a quarter of the sources has all labels wrong (shifted by 1..9), a quarter half
   of them. x starts at 0 (all alike); bounds -5 .. 5.
 
-Float64, dx = N; dy = 201, 1001 and 500. `auto` and LFSBA have all defaults; L-BFGS and Adam use exact hypergradients; TPE is Optuna's. All train the
+Float64, dx = N; dy = 201 and 500. `auto` and LFSBA have all defaults; L-BFGS and Adam use exact hypergradients; TPE is Optuna's. All train the
 learner by the library's Newton-CG to a relative error of 1e-10, warm-started at the learner trained last. **Trainings** are counted by the library (`counts.lower_solves`): one
-for each value, with or without gradient, line searches included. Methods with gradients have {e7.GRADIENT_TRAININGS}, searches {e7.SEARCH_TRAININGS}
-({e7.LARGE_SEARCH_TRAININGS} at dx = 1000). What a training does not contain, and oracle calls and seconds do: the adjoint system of a gradient, the
+for each value, with or without gradient, line searches included. Methods with gradients have {e7.GRADIENT_TRAININGS}, searches {e7.SEARCH_TRAININGS}.
+What a training does not contain, and oracle calls and seconds do: the adjoint system of a gradient, the
 products of a Hessian, and LFSBA's second lower level beside the first (found by Newton steps from it, not counted as a training). A seed draws the split,
 the label noise and the search. Everything is reported for the best point found so far. Medians (quartiles) over the seeds."""
 

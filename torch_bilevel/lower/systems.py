@@ -11,6 +11,7 @@ from ..derivatives import Linearisation
 from ..errors import ConfigError, nearest
 from ..linalg import (
     CholeskyFactor,
+    DenseOperator,
     FunctionOperator,
     NystromPreconditioner,
     Solution,
@@ -175,7 +176,13 @@ class LowerSystems:
         return result
 
     def prepare(self, at: Linearisation) -> None:
-        """Ready for the many solves of a hyper-Hessian at this point: a factor where they would pay for it."""
+        """Ready for the many solves of a hyper-Hessian at this point: a factor where they would pay for it.
+
+        Decided once a point, as ``at.prepared`` says.
+        """
+        if getattr(at, "prepared", False):
+            return
+        at.prepared = True
         if self.solver == "cholesky":
             self.factor_at(at)
         elif self.solver == "auto" and getattr(at, "factor", None) is None:
@@ -190,17 +197,23 @@ class LowerSystems:
         self.kept.make(level, self.operator(at), at)
         return None
 
-    def factor_at(self, at: Linearisation, attach: bool | None = None) -> CholeskyFactor | None:
+    def factor_at(
+        self, at: Linearisation, attach: bool | None = None, matrix: Tensor | None = None
+    ) -> CholeskyFactor | None:
         """The Cholesky factor of h_yy + damping I at the recorded point, kept as ``factor``.
 
-        ``attach``: tie it to the point, so that solves there start from it; default: for dy <= 2000.
+        ``attach``: tie it to the point, so that solves there start from it; default: for dy <= 2000. ``matrix``: h_yy
+        (dy, dy) where it is at hand.
 
-        Cost: dy products in blocks, dy^3 / 3 multiplications, dy^2 numbers. Look at ``.ok``.
+        Cost: without ``matrix`` dy products in blocks, dy^3 / 3 multiplications, dy^2 numbers. Look at ``.ok``.
         """
         attach = is_exact(at.y.numel()) or self.solver == "cholesky" if attach is None else attach
         factor = getattr(at, "factor", None)
         if factor is None:
-            factor = self.kept.make(at.y.numel(), self.operator(at), at)
+            operator = self.operator(at)
+            if matrix is not None:
+                operator = DenseOperator(matrix + self.damping * torch.eye(len(matrix)).to(matrix) if self.damping else matrix)
+            factor = self.kept.make(at.y.numel(), operator, at)
             if attach:
                 at.factor = factor
         return factor if attach else None

@@ -89,7 +89,8 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything ``HyperOracle.restore`` needs to rebuild this evaluation without a lower solve."""
-        recorded = {name: [at.wrt, getattr(at, "factor", None) is not None] for name, at in self.recorded.items()}
+        recorded = {name: [at.wrt, getattr(at, "factor", None) is not None, getattr(at, "prepared", False)]
+                    for name, at in self.recorded.items()}  # fmt: skip
         return {"x": self.x, "value": self.value, "gradient": self.gradient, "points": dict(self.points),
                 "recorded": recorded}  # fmt: skip
 
@@ -187,8 +188,9 @@ class HyperOracle(ABC):
         """
         if name not in state["recorded"]:
             return None
-        wrt, factored = state["recorded"][name]
+        wrt, factored, prepared = state["recorded"][name]
         at = h.linearise(x, y, wrt)
+        at.prepared = prepared  # whether to make a factor was decided then; the kept one has changed since
         if factored:
             self.systems.factor_at(at)
         return at

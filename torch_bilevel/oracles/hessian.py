@@ -67,36 +67,52 @@ class HyperHessian(LinearOperator):
             hess phi = Q_xx + Q_xy W + P (Q_yx + Q_yy W),   W = -A_lo^{-1} lo_yx,   P' = -A_hi^{-1} hi_yx,
         and Q_xx by three products where it is diagonal (weights of samples, most regularisers), else by dx.
 
-        Cost: about 3 min(dx, dy) products and as many solves; Q_xx see above; 3 dx dy max(dx, dy) multiplications.
+        Cost: about 3 min(dx, dy) products and dx or 2 dx solves; Q_xx see above; 3 dx dy max(dx, dy) multiplications.
         """
         dy = self.lo.y.numel()
-        if self.systems.solver in ("auto", "cholesky") and factor_pays(self.n, dy):
+        factored = self.systems.solver in ("auto", "cholesky") and factor_pays(self.n, dy)
+        if dy < self.n:
+            return self._from_short_side(dy, factored)
+        if factored:
             self.systems.factor_at(self.hi, attach=True)
             self.systems.factor_at(self.lo, attach=True)
-        return super().to_dense() if dy >= self.n else self._from_blocks(dy)
+        return super().to_dense()
 
-    def _from_blocks(self, dy: int) -> Tensor:
-        identity = torch.eye(dy, dtype=self.dtype, device=self.device)
-        lo_yx, q_xy, q_yy = self.lo.xy(identity).mT, *self.quotient(None, identity)
-        hi_yx = lo_yx if self.hi is self.lo else self.hi.xy(identity).mT
+    def _from_short_side(self, dy: int, factored: bool) -> Tensor:
+        hi_yx = self._cross(self.hi, dy, factored)
+        lo_yx = hi_yx if self.hi is self.lo else self._cross(self.lo, dy, factored)
+        # the columns [0; I] of Q, and [u; 0] for three u that tell whether Q_xx is diagonal, in one block
+        ones = torch.ones(self.n, 1, dtype=self.dtype, device=self.device)
+        v = torch.randn(self.n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(ones)
+        u = torch.cat([ones.new_zeros(self.n, dy), ones, v], dim=1)
+        w = torch.cat([torch.eye(dy, dtype=self.dtype, device=self.device), ones.new_zeros(dy, 3)], dim=1)
+        parts = [self.quotient(u[:, i : i + DENSE_BLOCK], w[:, i : i + DENSE_BLOCK]) for i in range(0, dy + 3, DENSE_BLOCK)]
+        to_x, to_y = (torch.cat(part, dim=1) for part in zip(*parts))
+        q_xy, q_yy = to_x[:, :dy], to_y[:, :dy]
         W = self._solved(self.lo, lo_yx)
         P = W if self.hi is self.lo else self._solved(self.hi, hi_yx)
         H = q_xy @ W + P.mT @ torch.addmm(q_xy.mT, q_yy, W)
-        H += self._upper_left()
+        H += self._upper_left(v, to_x[:, dy:])
         return (H + H.mT).mul_(0.5)
+
+    def _cross(self, at: Linearisation, dy: int, factored: bool) -> Tensor:
+        """h_yx (dy, dx); the products that give it give h_yy as well, which is factored where wanted."""
+        identity = torch.eye(dy, dtype=self.dtype, device=self.device)
+        if not factored or getattr(at, "factor", None) is not None:
+            return at.xy(identity).mT
+        xy, yy = at.to_x(identity)
+        self.systems.factor_at(at, attach=True, matrix=(yy + yy.mT).mul_(0.5))
+        return xy.mT
 
     def _solved(self, at: Linearisation, b: Tensor) -> Tensor:
         return require_solution(self.systems.solve(at, -b, tol=self.tol), "hyper-Hessian")
 
-    def _upper_left(self) -> Tensor:
-        """Q_xx (dx, dx): a diagonal d is found by d = Q_xx 1 and believed if Q_xx v = d v for two random v."""
-        def product(u: Tensor) -> Tensor:
-            return self.quotient(u, None)[0]
+    def _upper_left(self, v: Tensor, probe: Tensor) -> Tensor:
+        """Q_xx (dx, dx): a diagonal d is found by d = Q_xx 1 and believed if Q_xx v = d v for two random v.
 
-        ones = torch.ones(self.n, 1, dtype=self.dtype, device=self.device)
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.n, 2, generator=generator, dtype=torch.float64).to(ones)
-        probe = product(torch.cat([ones, v], dim=1))
+        Args:
+            v: (dx, 2). probe: Q_xx [1, v], (dx, 3).
+        """
         diagonal = probe[:, :1]
         # a matrix with an entry off the diagonal passes with probability 0, up to rounding
         rounding = 100 * torch.finfo(self.dtype).eps * (diagonal.abs() * v.abs() + probe[:, 1:].abs().amax(0))
@@ -107,7 +123,7 @@ class HyperHessian(LinearOperator):
             stop = min(start + DENSE_BLOCK, self.n)
             E = torch.zeros(self.n, stop - start, dtype=self.dtype, device=self.device)
             E[start:stop].fill_diagonal_(1)
-            Q[:, start:stop] = product(E)
+            Q[:, start:stop] = self.quotient(E, None)[0]
         return Q
 
 

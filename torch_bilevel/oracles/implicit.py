@@ -119,10 +119,13 @@ def lagrangian_hessian(
     lower = at
     if at is None or "x" not in at.wrt:
         lower = Objective(problem, lower=1.0, counts=counts).linearise(x, y)
-        lower.factor = getattr(at, "factor", None)
+        lower.factor, lower.prepared = getattr(at, "factor", None), getattr(at, "prepared", False)
     if lagrangian is None:
         lagrangian = Objective(problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=counts).linearise(x, y)
-    return HyperHessian(lower, lower, lagrangian.joint, systems, tol)
+    hessian = HyperHessian(lower, lower, lagrangian.joint, systems, tol)
+    if at is not None and at is not lower:  # what is saved of the evaluation says what was decided here
+        at.factor, at.prepared = getattr(lower, "factor", None), lower.prepared
+    return hessian
 
 
 def lagrangian_gradient_error(problem: BilevelProblem, ev: Evaluation, systems: LowerSystems) -> float:
