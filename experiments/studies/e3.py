@@ -12,7 +12,8 @@ from experiments.studies.base import Results, Study, Task
 from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
 
 TUNING_SEED, SEEDS = 100, (0,)
-TUNING_SECONDS, SECONDS, QUICK_SECONDS, OUTER = 4.0, 12.0, 0.5, 45
+TUNING_SECONDS, SECONDS, LONG_SECONDS, QUICK_SECONDS, OUTER = 4.0, 12.0, 40.0, 0.5, 45
+LONG = ("RAHGD", "L-BFGS", "ifsba (ours)")
 
 #: as published: T = 10 lower steps of length 100, 10 steps of CG, upper steps of 100; the paper's M counts |s|^3 / 3
 _INNER = {"lower_steps": 10, "lower_lr": 100.0}
@@ -102,7 +103,8 @@ def tuned(label: str, results: Results) -> tuple[str, dict[str, Any]]:
 
 
 def compare(quick: bool, results: Results) -> list[Task]:
-    """Tuned settings on every seed; on the first one also the published settings (45 iterations)."""
+    """Tuned settings on every seed; on the first one also the published settings (45 iterations) and some
+    longer runs."""
     tasks = []
     labels = ("AID", "L-BFGS") if quick else (*GRIDS, *_SAME_AS)
     for seed in (0,) if quick else SEEDS:
@@ -110,6 +112,9 @@ def compare(quick: bool, results: Results) -> list[Task]:
             method, options = tuned(label, results)
             seconds = QUICK_SECONDS if quick else SECONDS
             tasks.append(_task(f"{file_name(label)}-seed{seed}", method, [options], seconds, seed, quick))
+    for label in () if quick else LONG:
+        method, options = tuned(label, results)
+        tasks.append(_task(f"long-{file_name(label)}-seed0", method, [options], LONG_SECONDS, 0, quick))
     for label, (method, options) in () if quick else PUBLISHED.items():
         tasks.append(_task(f"published-{file_name(label)}-seed0", method, [options], SECONDS, 0, quick, max_steps=OUTER))
     return tasks
@@ -153,10 +158,14 @@ def report(results: Results, figures_dir: Path, quick: bool) -> str:
     if rows:
         parts += [f"### Published settings, at most {OUTER} iterations and {seconds:g} CPU seconds, seed 0",
                   markdown(HEADER, rows)]  # fmt: skip
+    longer = {label: runs_of(f"long-{file_name(label)}") for label in LONG}
+    rows = [_row(label, runs, LONG_SECONDS) for label, runs in longer.items() if runs]
+    if rows:
+        parts += [f"### Tuned settings, {LONG_SECONDS:g} CPU seconds, seed 0", markdown(HEADER, rows)]
     rows = [[label, f"`{tuned(label, results)[0]}`", f"`{tuned(label, results)[1]}`"] for label in compared]
     parts += ["### Settings chosen from three each, on a split of their own", markdown(["method", "name", "options"], rows)]
     name = figures.curves(
-        figures_dir / "E3_curves.png", {label: runs[0]["records"] for label, runs in compared.items()},
+        figures_dir / "E3_curves.png", {label: runs[0]["records"] for label, runs in (compared | longer).items() if runs},
         {"val": "validation CE", "test": "test CE", "test_accuracy": "test accuracy"},
         {"seconds": "CPU seconds", "oracle_calls": "gradients and products"}, log_columns=["oracle_calls"],
     ).name  # fmt: skip
