@@ -12,7 +12,7 @@ from experiments.meta_training import train
 from experiments.studies.base import Results, Study, Task
 from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
 
-TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1), (0,)
+TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2), (0,)
 TUNING_SECONDS, SECONDS, QUICK_SECONDS, LONG_SECONDS = 5.0, 15.0, 0.5, 40.0
 SMALL = {"meta_batch": 2, "judged": 5}
 
