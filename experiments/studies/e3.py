@@ -9,7 +9,8 @@ from typing import Any
 from experiments import figures, newsgroups
 from experiments.budget import follow_cpu, within
 from experiments.studies.base import Results, Study, Task
-from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
+from experiments.studies.tables import markdown
+from experiments.studies.tabulate import file_name, median, packed, unpacked
 
 TUNING_SEED, SEEDS = 100, (0,)
 TUNING_SECONDS, SECONDS, LONG_SECONDS, QUICK_SECONDS, OUTER = 4.0, 12.0, 40.0, 0.5, 45

@@ -10,7 +10,8 @@ from experiments import episodes, figures
 from experiments.budget import within
 from experiments.meta_training import train
 from experiments.studies.base import Results, Study, Task
-from experiments.studies.tabulate import file_name, markdown, median, packed, unpacked
+from experiments.studies.tables import markdown
+from experiments.studies.tabulate import file_name, median, packed, unpacked
 
 TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2), (0,)
 TUNING_SECONDS, SECONDS, QUICK_SECONDS, LONG_SECONDS = 5.0, 15.0, 0.5, 40.0

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.budget import within
 from experiments.studies import e3, e4, load_study
-from experiments.studies.tabulate import markdown, median, packed, unpacked
+from experiments.studies.tabulate import median, packed, unpacked
 from torch_bilevel.methods import make_method
 
 
@@ -79,7 +79,6 @@ def test_medians_say_how_many_runs_have_a_value() -> None:
     assert median([]) == median([None]) == "-"
     assert median([2.0]) == "2.000"
     assert median([1.0, 2.0, 3.0, None], ".1f") == "2.0 [1.5, 2.5] (3 of 4)"
-    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     run = {"status": "budget", "records": [record(0, 1.0, 2.0)]}
     assert unpacked(packed([run])) == [run]
     assert within(run["records"], 0.5) is None
