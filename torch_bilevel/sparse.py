@@ -21,7 +21,7 @@ class SparseMatrix:
     A product is linear in W, with transpose X': its backward pass is the product X' V, which is again such a product,
     so that derivatives of every order are sparse products; a block of vectors (``vmap``) is one product with the
     blocks side by side. PyTorch's own sparse products have none of this under ``torch.func`` (COO fails in ``vmap``,
-    CSR at once). Outside, a product takes as long as with CSR and a sixth of COO's time (``benchmarks/sparse.py``).
+    CSR at once). Outside, CSR takes as long and COO 4 to 10 times as long (``benchmarks/sparse.py``).
 
     Args:
         matrix: scipy sparse array or matrix, torch tensor (dense, COO, CSR, CSC), or numpy array, of two dimensions.

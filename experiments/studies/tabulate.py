@@ -1,4 +1,4 @@
-"""What the reports of E3 and E4 share: medians with quartiles, Markdown tables, several runs in one result."""
+"""What E3 and E4 share: several runs in one result, medians with quartiles in fixed digits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ def median(values: list[float | None], digits: str = ".3f") -> str:
         low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
         text = f"{middle:{digits}} [{low:{digits}}, {high:{digits}}]"
     return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
 
 
 def packed(runs: list[dict[str, Any]]) -> dict[str, Any]:
