@@ -114,7 +114,7 @@ def _header(study: Study, records: Mapping[str, Mapping[str, Any]], quick: bool,
         f" from their records; those of each run are in [{study.name}.json]({study.name}.json), without the curves.",
     ]
     if missing:
-        lines.append(f"- **Not finished: {missing} further runs of the study were not made when this page was written.**")
+        lines.append(f"- **Not finished: {missing} further runs of the study were not made when this was written.**")
     return "\n".join(lines)
 
 

@@ -312,8 +312,8 @@ def _sensitivity(results: Results, folder: Path) -> str:
         [
             "## Sensitivity of FSBA to M and lambda on australian",
             "As published: 25 % noise, a Hessian every iteration (m = 1), 150 iterations at most; M (of |s|^3/3) with"
-            " lambda 1 and lower steps .008 and .01; lambda with M = 10 and lower steps .01. Momenta .9 and .95 and 10 lower steps"
-            " are those of breast-cancer (not published for australian). One seed; 15 s at most.",
+            " lambda 1 and lower steps .008 and .01; lambda with M = 10 and lower steps .01. Momenta .9 and .95 and 10 lower"
+            " steps are those of breast-cancer (not published for australian). One seed; 15 s at most.",
             markdown(head, rows),
             "![Sensitivity](figures/E1_sensitivity.png)",
         ]
