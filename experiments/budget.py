@@ -61,7 +61,8 @@ class CpuBudget:
     def _start(self) -> None:
         self._since = time.process_time()
         if self._can_raise:
-            signal.setitimer(signal.ITIMER_PROF, max(1e-3, self.seconds - self._spent))
+            # again and again: an exception that comes within a destructor is swallowed by Python
+            signal.setitimer(signal.ITIMER_PROF, max(1e-3, self.seconds - self._spent), 1.0)
 
     def _stop(self) -> None:
         if self._can_raise:

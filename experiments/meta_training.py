@@ -112,6 +112,8 @@ def train(
                     batches = episodes.batches(fresh())
                 x = stepper.step(problem.at(*batches))
                 step += 1
+                if budget.spent >= seconds:
+                    raise BudgetSpent("between two steps")
                 if budget.spent >= len(records) * seconds / looks:
                     with budget.paused():
                         look(step, x)

@@ -89,7 +89,7 @@ def test_budget_counts_cpu_seconds_and_ends_what_runs() -> None:
         time.sleep(0.3)
         assert budget.spent < 0.1
         burn(5.0)
-    assert 0.2 <= budget.spent < 0.6
+    assert 0.19 <= budget.spent < 0.6  # timers tick in steps of 4 ms
     burn(0.3)  # no alarm is left
 
 
@@ -118,7 +118,7 @@ def test_run_ends_within_its_budget_with_its_records() -> None:
     assert run["records"][-1]["x"] > run["records"][0]["x"]
     cut = follow_cpu(quadratic(40), "aid", options, measure, seconds=0.3)
     assert cut["status"] == "budget"
-    assert 0.3 <= cut["seconds"] < 0.8
+    assert 0.29 <= cut["seconds"] < 0.8  # likewise
     assert cut["records"] and all(r["seconds"] <= 0.31 for r in cut["records"])
     none = follow_cpu(quadratic(4), "aid", {**options, "lower_steps": 500}, measure, seconds=0.2)
     assert (none["status"], none["records"]) == ("budget", [])
