@@ -32,7 +32,7 @@ class OracleCounts:
     factorisations: int = 0
     hessians: int = 0
     lower_solves: int = 0
-    parent: "OracleCounts | None" = field(default=None, repr=False, compare=False)
+    parent: OracleCounts | None = field(default=None, repr=False, compare=False)
 
     def add(self, **increments: int) -> None:
         """Add to the named counts, here and in every parent."""
@@ -41,14 +41,14 @@ class OracleCounts:
         if self.parent is not None:
             self.parent.add(**increments)
 
-    def child(self) -> "OracleCounts":
+    def child(self) -> OracleCounts:
         """New counts, starting at zero, whose increments are added here too."""
         return OracleCounts(parent=self)
 
     def as_dict(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parent"}
 
-    def copy(self) -> "OracleCounts":
+    def copy(self) -> OracleCounts:
         """The numbers as they are now, detached from any parent."""
         return OracleCounts(**self.as_dict())
 

@@ -121,7 +121,7 @@ class Objective:
         found = dict(zip(wrt, parts))
         return value, found.get("x"), found.get("y")
 
-    def linearise(self, x: Tensor, y: Tensor, wrt: str = "xy") -> "Linearisation":
+    def linearise(self, x: Tensor, y: Tensor, wrt: str = "xy") -> Linearisation:
         """The gradient of h at (x, y), recorded for products."""
         return Linearisation(self, x, y, wrt)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 #: columns of a thin product: between these it is turned over
 THIN, TALL = (4, 128), 8
 

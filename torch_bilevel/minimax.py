@@ -74,7 +74,7 @@ class MinimaxProblem(BilevelProblem):
     @classmethod
     def from_functions(  # type: ignore[override]
         cls, f: Callable[[Tensor, Tensor], Tensor], x0: Tensor, y0: Tensor, *, seed: int | None = None, check: bool = True
-    ) -> "MinimaxProblem":
+    ) -> MinimaxProblem:
         """The problem of a plain function f(x, y) of flat tensors x (dx,), minimised, and y (dy,), maximised."""
         if not callable(f):
             raise ProblemError(f"f: expected a function of (x, y), got {f!r}")
@@ -82,7 +82,7 @@ class MinimaxProblem(BilevelProblem):
         self.min_player = self.max_player = None
         return self
 
-    def at(self, batch: Any = None, upper_batch: Any = None) -> "MinimaxProblem":
+    def at(self, batch: Any = None, upper_batch: Any = None) -> MinimaxProblem:
         """The same problem (same user tensors) on another batch; None keeps the data it has."""
         if upper_batch is not None and upper_batch is not batch:
             raise ProblemError("a minimax problem has one loss and so one batch: at(batch)")

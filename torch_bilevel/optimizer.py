@@ -161,7 +161,7 @@ class _ProblemOptimizer(torch.optim.Optimizer, ABC):
         self._data = None if state["data"] is None else tuple(state["data"])
         self._run, self._saved = None, state["run"]
 
-    def __deepcopy__(self, memo: Any) -> "_ProblemOptimizer":
+    def __deepcopy__(self, memo: Any) -> _ProblemOptimizer:
         raise TypeError(f"a {type(self).__name__} is tied to its modules and cannot be copied; use state_dict()")
 
     def __reduce__(self) -> Any:

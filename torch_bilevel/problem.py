@@ -111,7 +111,7 @@ class BilevelProblem:
         *,
         seed: int | None = None,
         check: bool = True,
-    ) -> "BilevelProblem":
+    ) -> BilevelProblem:
         """The problem of plain functions f(x, y) (upper) and g(x, y) (lower) of flat tensors x (dx,) and y (dy,).
 
         ``x0`` and ``y0`` are copied; ``problem.x`` and ``problem.y`` hold the current point.
@@ -183,7 +183,7 @@ class BilevelProblem:
 
     # -- data -----------------------------------------------------------------------------------------------------
 
-    def at(self, lower_batch: Any = None, upper_batch: Any = None) -> "BilevelProblem":
+    def at(self, lower_batch: Any = None, upper_batch: Any = None) -> BilevelProblem:
         """The same problem (same user tensors) on other data; None keeps the data it has."""
         other = copy.copy(self)
         other._batches, other._totals = dict(self._batches), dict(self._totals)

@@ -57,14 +57,14 @@ class SparseMatrix:
         self._set((csr.crow_indices(), csr.col_indices(), csr.values(),
                    csc.ccol_indices(), csc.row_indices(), csc.values()), tuple(csr.shape))  # fmt: skip
 
-    def _set(self, parts: tuple[Any, ...], shape: tuple[int, int]) -> "SparseMatrix":
+    def _set(self, parts: tuple[Any, ...], shape: tuple[int, int]) -> SparseMatrix:
         self._parts, self.shape = tuple(parts), tuple(shape)
         self._rows: Tensor | None = None
         self._transpose: SparseMatrix | None = None
         return self
 
     @classmethod
-    def _of(cls, parts: Any, shape: tuple[int, int]) -> "SparseMatrix":
+    def _of(cls, parts: Any, shape: tuple[int, int]) -> SparseMatrix:
         return cls.__new__(cls)._set(tuple(parts), shape)
 
     dtype = property(lambda self: self._parts[2].dtype)
@@ -72,14 +72,14 @@ class SparseMatrix:
     nnz = property(lambda self: self._parts[2].numel())
 
     @property
-    def T(self) -> "SparseMatrix":
+    def T(self) -> SparseMatrix:
         """X', (d, n), on the same memory."""
         if self._transpose is None:
             self._transpose = SparseMatrix._of(self._parts[3:] + self._parts[:3], self.shape[::-1])
             self._transpose._transpose = self
         return self._transpose
 
-    def to(self, *args: Any, **kwargs: Any) -> "SparseMatrix":
+    def to(self, *args: Any, **kwargs: Any) -> SparseMatrix:
         """The same matrix on another device or in another dtype, as ``Tensor.to``; itself where nothing changes."""
         values = self._parts[2].to(*args, **kwargs)
         if values is self._parts[2]:
@@ -90,7 +90,7 @@ class SparseMatrix:
                  for part in self._parts]  # fmt: skip
         return SparseMatrix._of(moved, self.shape)
 
-    def rows(self, index: Tensor) -> "SparseMatrix":
+    def rows(self, index: Tensor) -> SparseMatrix:
         """The rows at ``index`` (m,) of int64, in that order: (m, d). For mini-batches."""
         crow, col, values = self._parts[:3]
         index = index.to(self.device)

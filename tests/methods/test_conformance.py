@@ -13,7 +13,7 @@ In float32 tolerances are 100 times as large.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_the_table_has_every_method():
     assert set(EVERY) | set(EVERY_MINIMAX) == set(tb.method_names())
 
 
-@lru_cache(maxsize=None)
+@cache
 def gain(name: str) -> float:
     """phi(x0) - phi at a minimiser, found by exact cubic Newton."""
     case = CASES[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch_bilevel as tb
 from tests import reference
 
 
-@lru_cache(maxsize=None)
+@cache
 def problem_reference(name: str) -> reference.Reference:
     return {
         "smooth": reference.smooth,
@@ -21,7 +21,7 @@ def problem_reference(name: str) -> reference.Reference:
     }[name]()
 
 
-@lru_cache(maxsize=None)
+@cache
 def answer(name: str, penalty: float | None = None, scheme: str = "central"):
     """The referee's value, gradient and Hessian: exact for penalty None, else the surrogate's."""
     ref = problem_reference(name)

@@ -52,7 +52,7 @@ class RestartedAccelerated(Method):
         self.radius = positive("radius", radius, optional=True)
         self.epoch = at_least("epoch", epoch, 1)
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "RestartedRun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> RestartedRun:
         return RestartedRun(self, problem, self.oracle(problem, seed), seed=seed, bounds=bounds)
 
 

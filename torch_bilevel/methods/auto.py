@@ -43,7 +43,7 @@ class Auto(Method):
     def __init__(self, first: LimitedMemoryBFGS, then: CubicNewton, oracle: dict[str, Any]):
         self.first, self.then, self.oracle = first, then, oracle
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "AutoRun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> AutoRun:
         return AutoRun(self, problem, problem.exact_oracle(**self.oracle), seed=seed, bounds=bounds)
 
 

@@ -32,7 +32,7 @@ class Method(ABC):
     period: int = 1
 
     @abstractmethod
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "Run":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> Run:
         """A run from the problem's current hyperparameters."""
 
 

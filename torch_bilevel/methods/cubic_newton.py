@@ -56,7 +56,7 @@ class CubicNewton(Method):
         self.period = schedule.period if isinstance(schedule, FixedPeriod) else 1
         self.hessian, self.model_tol, self.max_basis, self.model_eps = hessian, model_tol, max_basis, model_eps
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "CubicNewtonRun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> CubicNewtonRun:
         return CubicNewtonRun(self, problem, self.oracle(problem), seed=seed, bounds=bounds)
 
 

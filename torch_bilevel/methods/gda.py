@@ -54,7 +54,7 @@ class GDA(Method):
         self.lr, self.ascent_lr = float(lr), float(ascent_lr)
         self.alternating, self.ascent_steps = alternating, ascent_steps
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "GDARun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> GDARun:
         return GDARun(self, problem, MinimaxOracle(problem), seed=seed, bounds=bounds)
 
 

@@ -72,7 +72,7 @@ class GradientMethod(Method):
     def upper_step(self, x: Tensor) -> UpperStep:
         return UpperStep(self.upper_optimizer, self.lr, self.scheduler, x)
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "GradientRun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> GradientRun:
         return GradientRun(self, problem, self.oracle(problem, seed), seed=seed, bounds=bounds)
 
 

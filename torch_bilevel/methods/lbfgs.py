@@ -29,7 +29,7 @@ class LimitedMemoryBFGS(Method):
         self.lr, self.memory = positive("lr", lr), at_least("memory", memory, 1)
         self.oracle = oracle
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "LBFGSRun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> LBFGSRun:
         return LBFGSRun(self, problem, problem.exact_oracle(**self.oracle), seed=seed, bounds=bounds)
 
 

@@ -122,7 +122,7 @@ class Search(Method):
     def __init__(self, name: str, proposer: type[Proposer], options: dict[str, Any], oracle: dict[str, Any]):
         self.name, self.proposer, self.options, self.oracle = name, proposer, options, oracle
 
-    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> "SearchRun":
+    def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> SearchRun:
         return SearchRun(self, problem, ValueOracle(problem, **self.oracle), seed=seed, bounds=bounds)
 
 
