@@ -95,7 +95,7 @@ def certify(
         curvature is that of the central penalty surrogate with penalty 1e4.
     """
     exact = problem.exact_oracle(**oracle)
-    ev = exact.evaluate(x)
+    ev = exact.exact(exact.evaluate(x))
     usable = not exact.third_derivatives or has_third_derivatives(problem)
     hessians = exact if usable else PenaltyOracle(problem, 1e4, **oracle)
     hessian_ev = ev if hessians is exact else hessians.evaluate(x)

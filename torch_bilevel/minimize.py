@@ -233,7 +233,12 @@ class _Loop:
         run = self.run
         last = self.history[-1] if self.history else None
         value, norm = (math.nan, math.nan) if last is None else (last.value, last.gradient_norm)
-        if last is not None and status is Status.STEP_RULE:  # perhaps a point before the last
+        try:
+            run.tighten()
+        except BilevelError:
+            pass  # then what is returned is as loose as the run's own
+        on_demand = run.evaluation is not None and run.evaluation.precision is not None
+        if last is not None and (status is Status.STEP_RULE or on_demand):  # perhaps a point before the last
             value, norm = float(run.current().value), run.stationarity()
         y = run.problem.y
         if run.evaluation is not None:

@@ -19,6 +19,7 @@ class _Gradient(LowerSolver):
 
     accelerated: bool
     first_order = True
+    takes_residual = True
 
     def __init__(
         self,
@@ -38,16 +39,22 @@ class _Gradient(LowerSolver):
         self.reaches_tolerance = steps is None
 
     def solve(
-        self, objective: Objective, x: Tensor, y0: Tensor, *, systems: LowerSystems, tol: float | None = None
-    ) -> LowerResult:
+        self, objective: Objective, x: Tensor, y0: Tensor, *, systems: LowerSystems, tol: float | None = None,
+        residual: float = 0.0,
+    ) -> LowerResult:  # fmt: skip
         objective.counts.add(lower_solves=1)
         tol = tol if tol is not None else self.tol if self.tol is not None else tolerance_of_step(y0.dtype)
+        if residual > 0:
+            gradient = objective.gradient(x, y0, "y")[2]
+            if float(torch.linalg.vector_norm(gradient)) <= residual:
+                return self._end(y0, gradient, None, LowerStatus.CONVERGED, 0)
         fixed = self.step is not None
         step = self.step if fixed else 1.0 / lipschitz_estimate(objective.linearise(x, y0, "y"))
         if self.steps is not None:
             return self._fixed(objective, x, y0, step)
         y = z = y0
-        gradient = objective.gradient(x, z, "y")[2]
+        if not residual > 0:
+            gradient = objective.gradient(x, z, "y")[2]
         weight, mu = 1.0, math.inf
         for iteration in range(1, self.max_iterations + 1):
             new = z - step * gradient
@@ -81,8 +88,9 @@ class _Gradient(LowerSolver):
                     step, weight = 0.9 * length / bend, 1.0
             y, z, gradient = new, new_z, new_gradient
             error = norm / mu if 0 < mu < math.inf else math.inf
-            if norm == 0.0 or error <= tol * size:
-                return self._end(z, gradient, error if norm else 0.0, LowerStatus.CONVERGED, iteration)
+            if norm <= residual or error <= tol * size:
+                known = 0.0 if norm == 0.0 else error if math.isfinite(error) else None
+                return self._end(z, gradient, known, LowerStatus.CONVERGED, iteration)
         return self._end(z, gradient, None, LowerStatus.MAX_ITERATIONS, self.max_iterations)
 
     def _fixed(self, objective: Objective, x: Tensor, y0: Tensor, step: float) -> LowerResult:

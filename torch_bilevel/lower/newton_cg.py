@@ -32,28 +32,32 @@ class NewtonCG(LowerSolver):
         Eisenstat and Walker 1996 (forcing terms).
     """
 
+    takes_residual = True
+
     def __init__(self, *, tol: float | None = None, max_iterations: int = 100, forcing: float = 1e-2):
         self.tol, self.max_iterations, self.forcing = tol, max_iterations, forcing
 
     def solve(
-        self, objective: Objective, x: Tensor, y0: Tensor, *, systems: LowerSystems, tol: float | None = None
-    ) -> LowerResult:
+        self, objective: Objective, x: Tensor, y0: Tensor, *, systems: LowerSystems, tol: float | None = None,
+        residual: float = 0.0,
+    ) -> LowerResult:  # fmt: skip
         objective.counts.add(lower_solves=1)
         tol = tol if tol is not None else self.tol if self.tol is not None else tolerance_of_step(y0.dtype)
         eps = torch.finfo(y0.dtype).eps
         y, at = y0, objective.linearise(x, y0, "y")
         norm = torch.linalg.vector_norm(at.gy)
         error: Tensor | None = None
-        eta = self.forcing
+        eta = self.forcing if not residual > 0 else max(self.forcing, min(0.3, 0.5 * residual / max(float(norm), 1e-300)))
         for iteration in range(self.max_iterations + 1):
             result = LowerResult(y, norm, error, LowerStatus.MAX_ITERATIONS, iteration, at)
             if not bool(torch.isfinite(norm) & torch.isfinite(at.value)):
                 result.status = LowerStatus.NON_FINITE
                 return result
             scale = 1.0 + float(torch.linalg.vector_norm(y))
-            if float(norm) == 0.0 or (error is not None and float(error) <= tol * scale):
+            if float(norm) <= residual or (error is not None and float(error) <= tol * scale):
                 result.status = LowerStatus.CONVERGED
-                result.error = error if error is not None else torch.zeros_like(norm)
+                if float(norm) == 0.0 and error is None:
+                    result.error = torch.zeros_like(norm)
                 return result
             if iteration == self.max_iterations:
                 return result
@@ -73,7 +77,7 @@ class NewtonCG(LowerSolver):
             y, new_at, rate = accepted
             new_norm = torch.linalg.vector_norm(new_at.gy)
             error = rate * p_norm * torch.clamp(new_norm / norm, max=1.0)
-            target = tol * scale / max(float(error), 1e-300)
+            target = max(tol * scale / max(float(error), 1e-300), residual / max(float(new_norm), 1e-300))
             quadratic = 0.5 * float(new_norm / norm) ** 2  # what the next step can gain at best (Eisenstat, Walker)
             floor = 1e-10 if y.dtype == torch.float64 else 1e-5
             eta = min(self.forcing, max(0.3 * target, quadratic, floor))

@@ -70,10 +70,12 @@ class LowerSolver(ABC):
             or does a set amount of work, as published first-order inner loops do.
         first_order: whether it takes many gradients where one linear solve would bring the start near; Newton-CG's
             first step is that solve.
+        takes_residual: whether its ``solve`` has the option ``residual``: to end as soon as |h_y| is no larger.
     """
 
     reaches_tolerance: bool = True
     first_order: bool = False
+    takes_residual: bool = False
 
     @abstractmethod
     def solve(

@@ -135,6 +135,10 @@ class LowerSystems:
             result = self._cg(A, b, tol, x0, self.max_iterations, self.factor)
         return result
 
+    def loosened(self, tol: float, most: float, dtype: torch.dtype) -> float:
+        """``tol``, but at least the default relative residual, and at most ``most`` beyond that."""
+        return max(min(tol, most), self.tol if self.tol is not None else default_tol(dtype))
+
     def _cg(self, A: FunctionOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
             factor: CholeskyFactor | NystromPreconditioner | None) -> Solution:  # fmt: skip
         """Preconditioned CG; without the factor once more where only its rounding may have shown negative curvature."""

@@ -85,6 +85,9 @@ class AutoRun(Run):
     def may_stop(self, eps: float) -> bool:
         return self.active.may_stop(eps)
 
+    def tighten(self) -> bool:
+        return self.active.tighten()
+
     def _record(self) -> None:
         self._norms.append(self.active.stationarity())
         self._evaluations.append(self.counts.evaluations)

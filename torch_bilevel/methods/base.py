@@ -50,6 +50,7 @@ class Run(ABC):
         self.box = None if bounds is None else Box(bounds, self.x)
         if self.box is not None:
             self.x = self.box.project(self.x)
+            oracle.stationarity = self.box.stationarity
         self.evaluation: Evaluation | None = None
         self.steps = 0
         self.scale = 1.0
@@ -82,8 +83,24 @@ class Run(ABC):
         return float(torch.linalg.vector_norm(ev.gradient))
 
     def may_stop(self, eps: float) -> bool:
-        """Whether |gradient| <= eps may end the run now; a perturbed method waits until its noise has had its time."""
+        """Whether |gradient| <= eps may end the run now; a perturbed method waits until its noise has had its time, and
+        one whose evaluations are loose evaluates as well as its oracle can."""
+        return not self.tighten() or self.stationarity() <= eps
+
+    def tighten(self) -> bool:
+        """Evaluate again at the oracle's own tolerances, where ``accuracy`` allowed looser ones; whether it did."""
+        loose = self.evaluation
+        if loose is None or loose.precision is None or loose.precision.tight:
+            return False
+        self.evaluation = self.oracle.exact(loose)
         return True
+
+    def has_stalled(self) -> bool:
+        """Whether a lack of progress is final, as it is unless evaluations are loose: those are made stricter."""
+        if not self.tighten():
+            return True
+        self.oracle.stricter()
+        return False
 
     def choices(self) -> dict[str, str]:
         """What was chosen for solving, in words, by what it serves; see ``Result.choices``."""

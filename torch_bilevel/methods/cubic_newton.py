@@ -143,7 +143,7 @@ class CubicNewtonRun(Run):
         return self.report(
             step_norm=tried.length, accepted=accepted, cubic_reg=cubic_reg, refreshed=refreshed,
             predicted_decrease=tried.predicted, ratio=trial.ratio,
-            stalled=method.regularisation.adaptive and self._idle >= PATIENCE,  # a constant M may go up and down
+            stalled=self._stalled(),
         )  # fmt: skip
 
     def _grow_older(self, start: Tensor, length: float, accepted: bool, error: float, calls: int) -> None:
@@ -225,7 +225,7 @@ class CubicNewtonRun(Run):
             self._begin_anew()
             return False
         if not self.oracle.single_loop or self.oracle.gradient_error(self.current()) <= eps:
-            return True
+            return super().may_stop(eps)
         self.evaluation = None  # the next one has taken another lower step
         return False
 
@@ -297,7 +297,7 @@ class CubicNewtonRun(Run):
         lowest = float(tried.cubic.min_eigenvalue)
         reach = float(torch.linalg.vector_norm(new.gradient)) / (lowest * length) if lowest > 0 else math.inf
         value, new_value = float(ev.value), float(new.value)
-        noise = self._noise(value, new_value)
+        noise = self._noise(value, new_value) + 0.1 * (ev.value_bound + new.value_bound)
         change = new_value - value
         if not abs(predicted) > max(100 * noise, 10 * self._lag):
             noise = max(noise, self._lag)
@@ -316,7 +316,16 @@ class CubicNewtonRun(Run):
         self.steps += 1
         self._idle = PATIENCE if self.snapshot is self.evaluation else self._idle + 1
         self.age.last_accepted, self.age.distance = False, float(torch.linalg.vector_norm(self.x - self.snapshot.x))
-        return self.report(accepted=False, cubic_reg=cubic_reg, refreshed=refreshed, stalled=self._idle >= PATIENCE)
+        return self.report(accepted=False, cubic_reg=cubic_reg, refreshed=refreshed, stalled=self._stalled(True))
+
+    def _stalled(self, stays: bool = False) -> bool:
+        """Whether there has been no progress for too long; a constant M may go up and down unless it ``stays``."""
+        if not (stays or self.method.regularisation.adaptive) or self._idle < PATIENCE:
+            return False
+        if self.has_stalled():
+            return True
+        self._idle = 0
+        return False
 
     # -- a learner that the user trains: no trial can be evaluated, M follows the gradients --------------------------
 

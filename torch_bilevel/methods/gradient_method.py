@@ -93,7 +93,8 @@ class GradientRun(FirstOrderRun):
         return self.go_to(self.upper.step(x, ev.gradient, ev.value, self.scale))
 
     def may_stop(self, eps: float) -> bool:
-        return self.escape is None or self.escape.settled(float(self.current().value), self.stationarity())
+        settled = self.escape is None or self.escape.settled(float(self.current().value), self.stationarity())
+        return settled and super().may_stop(eps)
 
     def state_dict(self) -> dict[str, Any]:
         escape = None if self.escape is None else self.escape.state_dict()

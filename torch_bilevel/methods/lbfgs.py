@@ -57,7 +57,7 @@ class LBFGSRun(Run):
                 found = self._search(ev, direction, slope)
             if found is None and not self.pairs:
                 self.steps += 1
-                return self.report(accepted=False, stalled=True)
+                return self.report(accepted=False, stalled=self.has_stalled())
             if found is None:
                 self.pairs = []  # steepest descent, once more
         new: Evaluation = found.found
@@ -72,7 +72,7 @@ class LBFGSRun(Run):
     def _search(self, ev: Evaluation, direction: Tensor, slope: float) -> Trial | None:
         value = float(ev.value)
         tol = self.oracle.lower_tol if self.oracle.lower_tol is not None else tolerance_of_step(self.x.dtype)
-        noise = 10 * tol * abs(value)  # of values at lower solutions that are good to tol
+        noise = 10 * tol * abs(value) + ev.value_bound  # of values at lower solutions that are good to tol
         first = self.method.lr * self.scale
         if not self.pairs:
             first *= min(1.0, 1.0 / float(direction.abs().sum()))

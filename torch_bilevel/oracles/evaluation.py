@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Callable
 
 import torch
@@ -31,6 +32,22 @@ class LowerSolution:
         return self.gradient_norm
 
 
+@dataclass
+class Precision:
+    """How well an evaluation made with accuracy on demand (``ImplicitOracle(accuracy=...)``) was solved.
+
+    Attributes:
+        lower, adjoint: |g_y| and |f_y - g_yy v|. tight: whether the default tolerances were used.
+        gradient, value: bounds, to first order, of the errors of gradient and value.
+    """
+
+    lower: float
+    adjoint: float
+    tight: bool
+    gradient: float = math.inf
+    value: float = math.inf
+
+
 class Evaluation:
     """The hyper-objective phi(x) = f(x, y*(x)), or its surrogate, at one x.
 
@@ -43,6 +60,7 @@ class Evaluation:
         points: the lower-level vectors it rests on, by name; enough to rebuild it (``HyperOracle.restore``).
         recorded: the linearisations that ``hessian`` finds ready, by name. They are recorded again on restoring, so
             that a resumed run counts and rounds as one that was never stopped.
+        precision: see ``Precision``; None where tolerances are fixed.
     """
 
     def __init__(
@@ -59,6 +77,7 @@ class Evaluation:
         self.recorded = {} if recorded is None else recorded
         self.x, self.value, self.gradient, self.points, self.counts = x, value, gradient, points, counts
         self._make_hessian, self._make_lower = hessian, lower
+        self.precision: Precision | None = None
         self._hessian: LinearOperator | None = None
         self._lower: LowerSolution | None = None
 
@@ -73,6 +92,16 @@ class Evaluation:
         if self._lower is None:
             self._lower = self._make_lower()
         return self._lower
+
+    @property
+    def gradient_bound(self) -> float | None:
+        """First-order bound of |gradient - grad phi|, where accuracy is on demand; else None."""
+        return None if self.precision is None else self.precision.gradient
+
+    @property
+    def value_bound(self) -> float:
+        """Second-order bound of |value - phi|, where accuracy is on demand; else 0."""
+        return 0.0 if self.precision is None else self.precision.value
 
     @property
     def y(self) -> Tensor:
@@ -92,7 +121,7 @@ class Evaluation:
         recorded = {name: [at.wrt, getattr(at, "factor", None) is not None, getattr(at, "prepared", False)]
                     for name, at in self.recorded.items()}  # fmt: skip
         return {"x": self.x, "value": self.value, "gradient": self.gradient, "points": dict(self.points),
-                "recorded": recorded}  # fmt: skip
+                "recorded": recorded, "precision": None if self.precision is None else list(astuple(self.precision))}  # fmt: skip
 
 
 class HyperOracle(ABC):
@@ -144,6 +173,17 @@ class HyperOracle(ABC):
     def lower_is_external(self) -> bool:
         """Whether the user trains the learner, so that y is taken as it is in the user's tensors."""
         return isinstance(self.lower_solver, External)
+
+    def stationarity(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """|gradient|, (); a run with bounds puts that of the projected gradient in its place."""
+        return torch.linalg.vector_norm(gradient)
+
+    def exact(self, ev: Evaluation) -> Evaluation:
+        """``ev`` at the oracle's own tolerances: itself, unless it was made at looser ones."""
+        return ev
+
+    def stricter(self) -> None:
+        """A run has stalled on evaluations looser than the oracle's own tolerances: allow less from now on."""
 
     def value_noise(self, size: float) -> float:
         """Rounding error to expect of a difference of two values of this size."""

@@ -12,10 +12,12 @@ from ..derivatives import Linearisation, Objective
 from ..doctor import refuse_third_derivatives
 from ..lower import LowerSystems
 from ..problem import BilevelProblem
+from .accuracy import LOOSE, TIGHT, Accuracy, Goal
 from .evaluation import (
     Evaluation,
     HyperOracle,
     LowerSolution,
+    Precision,
     require_finite,
     require_lower,
     require_solution,  # fmt: skip
@@ -32,10 +34,14 @@ class ImplicitOracle(HyperOracle):
     Derived from the implicit function theorem; see docs/methods.md. The Hessian needs third derivatives of g, through
     products only.
 
-    Args: see HyperOracle. ``hessian_tol``: relative residual of the solves inside a Hessian product.
+    Args: see HyperOracle. ``hessian_tol``: relative residual of the solves inside a Hessian product. ``accuracy``: the
+        relative error allowed in the gradient, in (0, 1), say 0.1: lower level and adjoint system are then solved only
+        as well as that needs, ``evaluation.gradient_bound`` bounds it to first order (see ``Accuracy``) and the value
+        is L, whose error is of second order. None (default): always to ``lower_tol`` and ``linear_tol``.
 
     Raises:
-        UnsupportedLayerError, on first use of ``hessian``: a layer whose third derivatives PyTorch has wrong.
+        UnsupportedLayerError, on first use of ``hessian`` (with ``accuracy``: of ``evaluate``): a layer whose third
+            derivatives PyTorch has wrong.
 
     Cost: evaluate: one lower solve, one upper gradient, one linear solve and one cross product. Hessian: two linear
         solves, one upper and a few lower products per vector.
@@ -54,9 +60,10 @@ class ImplicitOracle(HyperOracle):
 
     third_derivatives = True
 
-    def __init__(self, problem, *, hessian_tol: float | None = None, **options: Any):
+    def __init__(self, problem, *, hessian_tol: float | None = None, accuracy: float | None = None, **options: Any):
         super().__init__(problem, **options)
         self.hessian_tol = hessian_tol
+        self.accuracy = None if accuracy is None else Accuracy(accuracy, self.lower_solver)
 
     def evaluate(self, x: Tensor | None = None) -> Evaluation:
         x = self.problem.check_x(x)
@@ -65,27 +72,60 @@ class ImplicitOracle(HyperOracle):
         start = self.warm.get("y")
         if start is None or self.lower_is_external:
             start = self.problem.y
-        g = Objective(self.problem, lower=1.0, counts=counts)
-        low = require_lower(self.lower_solver.solve(g, x, start, systems=self.systems, tol=self.lower_tol))
-        at = low.at if low.at is not None else g.linearise(x, low.y, "y")
-        evaluation = self._differentiate(x, low.y, at, counts, low.error)
+        g, v = Objective(self.problem, lower=1.0, counts=counts), self.warm.get("v")
+        if self.accuracy is None:
+            evaluation = self._solve(g, x, start, v)
+        else:
+            evaluation = self.accuracy.evaluate(self, lambda *to: self._solve(g, x, *to), x, start, v, g)
         self.warm = {name: evaluation.points[name] for name in ("y", "v")}
         return evaluation
+
+    def _solve(self, g: Objective, x: Tensor, y: Tensor, v: Tensor | None, goal: Goal | None = None) -> Evaluation:
+        """The evaluation by a lower solve from y and an adjoint solve from v, to the default tolerances or to ``goal``."""
+        options = {} if goal is None else {"residual": goal.lower}
+        low = require_lower(self.lower_solver.solve(g, x, y, systems=self.systems, tol=self.lower_tol, **options))
+        at = low.at if low.at is not None else g.linearise(x, low.y, "y")
+        return self._differentiate(x, low.y, at, g.counts, low.error, v, goal)
+
+    def exact(self, ev: Evaluation) -> Evaluation:
+        if ev.precision is None or ev.precision.tight:
+            return ev
+        counts = self.counts.child()
+        counts.add(evaluations=1)
+        g = Objective(self.problem, lower=1.0, counts=counts)
+        new = self._solve(g, ev.x, ev.points["y"], ev.points["v"], TIGHT)
+        self.accuracy.judge(new)
+        self.warm = {name: new.points[name] for name in ("y", "v")}
+        return new
+
+    def stricter(self) -> None:
+        if self.accuracy is not None:
+            self.accuracy.stricter()
 
     def at_point(self, x: Tensor, y: Tensor, counts: OracleCounts | None = None) -> Evaluation:
         """The formulas at a given (x, y), whether or not y solves the lower level."""
         counts = self.counts.child() if counts is None else counts
         at = Objective(self.problem, lower=1.0, counts=counts).linearise(x, y, "y")
-        return self._differentiate(x, y, at, counts, None)
+        return self._differentiate(x, y, at, counts, None, self.warm.get("v"))
 
     def _differentiate(
-        self, x: Tensor, y: Tensor, at: Linearisation, counts: OracleCounts, error: Tensor | None
-    ) -> Evaluation:
+        self, x: Tensor, y: Tensor, at: Linearisation, counts: OracleCounts, error: Tensor | None, v: Tensor | None,
+        goal: Goal | None = None,
+    ) -> Evaluation:  # fmt: skip
         value, fx, fy = Objective(self.problem, upper=1.0, counts=counts).gradient(x, y)
-        v = require_solution(self.systems.solve(at, fy, x0=self.warm.get("v")), "adjoint system")
+        size = 0.0 if goal is None else float(torch.linalg.vector_norm(fy))
+        tol = None if goal is None else self.systems.loosened(goal.adjoint / size if size > 0 else LOOSE, LOOSE, fy.dtype)
+        solution = self.systems.solve(at, fy, x0=v, tol=tol)
+        v = require_solution(solution, "adjoint system")
         gradient = fx - at.xy(v)
+        precision = None
+        if goal is not None:
+            value = value - torch.dot(v, at.gy)
+            precision = Precision(float(torch.linalg.vector_norm(at.gy)), float(solution.residual) * size, goal is TIGHT)
         require_finite(value, gradient, "ImplicitOracle")
-        return self._evaluation(x, value, gradient, {"y": y, "v": v}, counts, at, error)
+        evaluation = self._evaluation(x, value, gradient, {"y": y, "v": v}, counts, at, error)
+        evaluation.precision = precision
+        return evaluation
 
     def _evaluation(self, x, value, gradient, points, counts, at: Linearisation | None, error) -> Evaluation:
         y, v = points["y"], points["v"]
@@ -107,7 +147,19 @@ class ImplicitOracle(HyperOracle):
     def restore(self, state: dict[str, Any]) -> Evaluation:
         x, points, counts = state["x"], dict(state["points"]), self.counts.child()
         at = self.record_again(state, "at", Objective(self.problem, lower=1.0, counts=counts), x, points["y"])
-        return self._evaluation(x, state["value"], state["gradient"], points, counts, at, None)
+        evaluation = self._evaluation(x, state["value"], state["gradient"], points, counts, at, None)
+        if state.get("precision") is not None:
+            evaluation.precision = Precision(*state["precision"])
+        return evaluation
+
+    def state_dict(self) -> dict[str, Any]:
+        accuracy = {} if self.accuracy is None else {"accuracy": self.accuracy.state_dict()}
+        return {**super().state_dict(), **accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.accuracy is not None and "accuracy" in state:
+            self.accuracy.load_state_dict(state["accuracy"])
 
 
 def lagrangian_hessian(

@@ -1,0 +1,177 @@
+"""Accuracy on demand: the gradient's error stays within what is allowed and said, the end is exact, and calls are saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_bilevel as tb
+from tests.problems import hyper_cleaning, ill_conditioned, nonconvex, one_by_one
+from torch_bilevel.oracles import ImplicitOracle
+from torch_bilevel.oracles.accuracy import Accuracy
+
+AGD = {"lower": "agd"}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Every evaluation that oracles make, in order."""
+    found, evaluate = [], ImplicitOracle.evaluate
+
+    def record(self, x=None):
+        found.append(evaluate(self, x))
+        return found[-1]
+
+    monkeypatch.setattr(ImplicitOracle, "evaluate", record)
+    return found
+
+
+# -- the bound -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [nonconvex, hyper_cleaning, ill_conditioned, one_by_one])
+@pytest.mark.parametrize("method, lower", [("lbfgs", "newton_cg"), ("lbfgs", "agd"), ("dlcrn", "agd"), ("auto", "newton_cg")])
+def test_the_error_is_within_what_is_allowed_along_a_run(make, method, lower, recorded):
+    case, theta = make(), 0.1
+    tb.minimize(case.problem(), method, lower=lower, accuracy=theta, max_steps=25, gradient_tol=1e-6)
+    reference = case.reference
+    for ev in recorded:
+        exact = reference.implicit(ev.x)
+        error, size = (ev.gradient - exact.gradient).norm(), exact.gradient.norm()
+        rounding = 1e-10 * (1 + size)
+        assert error <= theta * size + rounding
+        assert ev.precision.tight or ev.gradient_bound <= 1.01 * theta * ev.gradient.norm()
+        assert error <= 2 * ev.gradient_bound + rounding  # to first order, by norms of a few evaluations ago
+        assert (ev.value - exact.value).abs() <= 3 * ev.value_bound + 1e-11
+
+
+def test_the_norms_are_those_of_the_dense_matrices():
+    case = nonconvex()
+    oracle = ImplicitOracle(case.problem(), accuracy=0.1)
+    ev = oracle.evaluate()
+    for _ in range(30):
+        oracle.accuracy.estimate(oracle, ev)
+    x, y, v = ev.x, ev.y, ev.points["v"]
+
+    def L(x, y):
+        return case.f(x, y) - v @ torch.func.grad(case.g, 1)(x, y)
+
+    from tests.reference import blocks
+
+    (_, _, g_yx, g_yy), (_, _, L_yx, L_yy) = blocks(case.g, x, y), blocks(L, x, y)
+    Y = -torch.linalg.solve(g_yy, g_yx)
+    inverse = torch.linalg.inv(g_yy)
+    dense = {"Y": Y, "Q": inverse @ (L_yx + L_yy @ Y), "S": inverse @ L_yy @ inverse}
+    for name, matrix in dense.items():
+        norm = float(torch.linalg.matrix_norm(matrix, 2))
+        assert 0.9 * norm < oracle.accuracy.norms[name] < 1.02 * norm, name
+
+
+def test_the_bound_is_first_order():
+    """At points nearer and nearer to y* the error tends to the formula Q' g_y - Y' r, and the bound holds."""
+    case = nonconvex()
+    oracle = ImplicitOracle(case.problem(), accuracy=0.1)
+    for theta in (0.5, 0.05, 0.005):
+        oracle.accuracy.theta = theta
+        oracle.warm = {}
+        ev = oracle.evaluate()
+        error = (ev.gradient - case.reference.implicit(ev.x).gradient).norm()
+        assert error <= ev.gradient_bound <= theta * ev.gradient.norm()
+
+
+# -- the end of a run is exact ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, options", [("lbfgs", AGD), ("dlcrn", AGD), ("auto", {}), ("adam", {"lr": 0.1})])
+def test_the_result_is_as_exact_as_without(method, options):
+    case = ill_conditioned()
+    runs = [tb.minimize(case.problem(), method, accuracy=theta, max_steps=20, gradient_tol=1e-7, **options) for theta in (None, 0.3)]
+    for result in runs:
+        exact = case.reference.implicit(result.x)
+        assert abs(result.value - float(exact.value)) < 1e-9
+        assert abs(result.gradient_norm - float(exact.gradient.norm())) < 1e-8
+        if method != "adam":
+            assert result.status.converged and result.gradient_norm <= 1e-7
+            assert abs(result.value - runs[0].value) < 1e-9
+        assert (result.y - case.reference.solution(result.x)).norm() < 1e-8
+
+
+def test_a_small_gradient_ends_a_run_only_when_it_is_exact():
+    case = ill_conditioned()
+    run = tb.methods.make_method("lbfgs", {"accuracy": 0.5, **AGD}).start(case.problem())
+    loose = run.current()
+    assert not loose.precision.tight
+    assert run.may_stop(1e3) and run.current().precision.tight
+    assert not run.tighten()
+    run.evaluation = loose
+    assert not run.may_stop(1e-12)
+
+
+def test_with_bounds_it_is_the_projected_gradient_that_counts():
+    case = ill_conditioned()
+    bounds = (0.5, 2.0)
+    found = [tb.minimize(case.problem(), "lbfgs", accuracy=theta, bounds=bounds, gradient_tol=1e-8, **AGD) for theta in (None, 0.2)]
+    assert found[1].status.converged
+    assert (found[0].x - found[1].x).norm() < 1e-5
+
+
+# -- saved calls, resuming ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "dlcrn"])
+def test_first_order_lower_solvers_take_half_the_calls(method):
+    case = ill_conditioned()
+    fixed, loose = (tb.minimize(case.problem(), method, accuracy=theta, gradient_tol=1e-7, **AGD).counts for theta in (None, 0.1))
+    work = [c.lower_gradients + c.lower_products for c in (fixed, loose)]
+    assert work[1] < 0.6 * work[0]
+    assert loose.oracle_calls < 0.6 * fixed.oracle_calls
+
+
+@pytest.mark.parametrize("method, options", [("lbfgs", AGD), ("dlcrn", {"period": "adaptive"}), ("auto", AGD), ("adam", {})])
+def test_resume_is_bit_for_bit(method, options, tmp_path):
+    def go(steps, **more):
+        return tb.minimize(nonconvex().problem(), method, accuracy=0.2, max_steps=steps, gradient_tol=1e-7, **options, **more)
+
+    whole = go(14)
+    go(6, checkpoint=tmp_path / "run.pt")
+    resumed = go(14, checkpoint=tmp_path / "run.pt", resume=True)
+    assert torch.equal(resumed.x, whole.x) and torch.equal(resumed.y, whole.y)
+    assert resumed.counts.as_dict() == whole.counts.as_dict()
+    assert [r.value for r in resumed.history] == [r.value for r in whole.history]
+
+
+def test_a_stalled_run_goes_on_with_stricter_evaluations():
+    run = tb.methods.make_method("lbfgs", {"accuracy": 0.5, **AGD}).start(ill_conditioned().problem())
+    run.current()
+    assert not run.has_stalled() and run.oracle.accuracy.theta == pytest.approx(0.05)
+    assert run.has_stalled()  # at the default tolerances there is nothing left to try
+
+
+# -- the door ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 2.0, float("nan"), "0.1", True])
+def test_wrong_values_are_refused(value):
+    with pytest.raises(tb.ConfigError, match=r"accuracy: expected a number in \(0, 1\)"):
+        ImplicitOracle(one_by_one().problem(), accuracy=value)
+
+
+@pytest.mark.parametrize("lower", ["external", {"name": "agd", "steps": 5}])
+def test_lower_solvers_without_a_tolerance_are_refused(lower):
+    with pytest.raises(tb.ConfigError, match="needs a lower solver that iterates to a tolerance"):
+        ImplicitOracle(one_by_one().problem(), lower=lower, accuracy=0.1)
+
+
+def test_it_is_for_bilevel_problems():
+    one = torch.ones(1, dtype=torch.float64)
+    problem = tb.MinimaxProblem.from_functions(lambda x, y: (x * y - y**2 / 2).sum(), 3 * one, 0 * one)
+    with pytest.raises(tb.ConfigError, match="accuracy"):
+        tb.minimize(problem, "auto", accuracy=0.1)
+
+
+@pytest.mark.parametrize("method", ["dlcrn", "auto", "lbfgs", "adam", "sgd"])
+def test_methods_on_the_exact_oracle_have_the_option(method):
+    run = tb.methods.make_method(method, {"accuracy": 0.1}).start(one_by_one().problem())
+    assert isinstance(run.oracle.accuracy, Accuracy)
+    with pytest.raises(tb.ConfigError, match="accuracy"):
+        tb.methods.make_method("fsba", {"accuracy": 0.1})

@@ -1,0 +1,177 @@
+"""Accuracy on demand: lower and linear tolerances as loose as the gradient of the moment allows, with a bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from ..derivatives import Objective
+from ..doctor import refuse_third_derivatives
+from ..errors import ConfigError
+from ..lower import LowerSolver
+from .evaluation import Evaluation, HyperOracle, require_solution
+
+#: the norms come from power iterations, which approach them from below: the factor by which they are raised, iterations
+#: at first and later, and the evaluations that an estimate serves at first (each serves twice as many, up to LASTS)
+SAFETY, FIRST, LATER, SERVES, LASTS = 2.0, 2, 1, 2, 20
+#: share of the allowed error that a solve aims at, and evaluations of one point before the tolerances are the default
+AIM, ROUNDS = 0.5, 3
+#: relative residual of a first lower solve and of any adjoint solve at most
+LOOSE = 1e-2
+
+
+@dataclass(frozen=True)
+class Goal:
+    """|g_y| and |f_y - g_yy v| that will do; 0: what the default tolerances give."""
+
+    lower: float
+    adjoint: float
+
+
+TIGHT = Goal(0.0, 0.0)
+
+
+class Accuracy:
+    """Chooses the residuals g_y and r = f_y - g_yy v of an evaluation (y, v) so that its gradient is good to theta.
+
+    To first order, with L = f - <v, g_y>, Y = -g_yy^{-1} g_yx and Q = g_yy^{-1} (L_yx + L_yy Y),
+
+        G(y, v) - grad phi = Q' g_y - Y' r,      |G - grad phi| <= |Q| |g_y| + |Y| |r|,
+        L(y, v) - phi = <r, e> - <e, L_yy e> / 2,   e = g_yy^{-1} g_y.
+
+    |g_y| and |r| are known of every evaluation; the norms are estimated by power iterations now and then.
+
+    Args:
+        theta: |gradient error| allowed, relative to the gradient (with bounds: to the projected one); in (0, 1).
+        solver: the lower solver, which must iterate to a tolerance.
+
+    Raises:
+        ConfigError: theta outside (0, 1), or a lower solver with a set amount of work.
+
+    Cost: nothing but the estimates: two gradients and 8 solves to 1e-2 per iteration.
+    """
+
+    def __init__(self, theta: float, solver: LowerSolver):
+        if not (isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < 1):
+            raise ConfigError(f"accuracy: expected a number in (0, 1), or None for fixed tolerances, got {theta!r}")
+        if not (solver.takes_residual and solver.reaches_tolerance):
+            raise ConfigError(
+                "accuracy: needs a lower solver that iterates to a tolerance ('newton_cg', or 'gd' or 'agd' without"
+                f" steps), got {type(solver).__name__}"
+            )
+        self.theta = float(theta)
+        self.norms: dict[str, float] = {}
+        self.vectors: dict[str, Tensor] = {}
+        self.size, self.trend, self.floor = math.nan, 1.0, 0.0
+        self.age, self.serves = 0, SERVES
+
+    # -- evaluations ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, oracle: HyperOracle, solve: Callable[[Tensor, Tensor | None, Goal], Evaluation], x: Tensor,
+                 y: Tensor, v: Tensor | None, g: Objective) -> Evaluation:  # fmt: skip
+        """The evaluation at x from (y, v), solved on and on until its bound holds or its tolerances are the default."""
+        self.age += 1
+        goal = self.goal(self.size * self.trend)
+        if not self.norms:
+            gy = g.gradient(x, y, "y")[2]
+            goal = Goal(LOOSE * float(torch.linalg.vector_norm(gy)), math.inf)
+        for rounds in range(ROUNDS + 1):
+            ev = solve(y, v, goal)
+            size = float(oracle.stationarity(x, ev.gradient))
+            if not self.norms or self.age > self.serves:
+                self.estimate(oracle, ev)
+            self.judge(ev)
+            if goal is TIGHT:
+                self.floor = ev.precision.lower
+            if goal is TIGHT or ev.precision.gradient <= self.theta * size:
+                break
+            goal = self.goal(size) if rounds + 1 < ROUNDS else TIGHT
+            y, v = ev.points["y"], ev.points["v"]
+        self.trend = min(1.0, max(0.1, size / self.size)) if self.size > 0 else 1.0
+        self.size = size
+        return ev
+
+    def goal(self, size: float) -> Goal:
+        """Residuals whose part in the bound is each half of what is aimed at; TIGHT where they would be below its."""
+        if not self.norms:
+            return TIGHT
+        share = AIM * self.theta * size / (2 * SAFETY)
+        lower, adjoint = (share / self.norms[name] if self.norms[name] > 0 else math.inf for name in ("Q", "Y"))
+        return Goal(lower, adjoint) if lower > self.floor else TIGHT
+
+    def judge(self, ev: Evaluation) -> None:
+        """Write the bounds of value and gradient into ``ev.precision``."""
+        p, n = ev.precision, self.norms
+        p.gradient = SAFETY * (n["Q"] * p.lower + n["Y"] * p.adjoint)
+        p.value = SAFETY * (n["inverse"] * p.lower * p.adjoint + 0.5 * n["S"] * p.lower**2)
+
+    def stricter(self) -> None:
+        """A run has stalled on evaluations as loose as they are: allow a tenth from now on."""
+        self.theta *= 0.1
+
+    # -- norms ----------------------------------------------------------------------------------------------------
+
+    def estimate(self, oracle: HyperOracle, ev: Evaluation) -> None:
+        """|Y|, |Q|, |S| for S = g_yy^{-1} L_yy g_yy^{-1}, and |g_yy^{-1}|, from the last vectors on."""
+        refuse_third_derivatives(oracle.problem)
+        x, y, v = ev.x, ev.points["y"], ev.points["v"]
+        at = Objective(oracle.problem, lower=1.0, counts=ev.counts).linearise(x, y)
+        L = Objective(oracle.problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=ev.counts).linearise(x, y)
+        at.factor = getattr(ev.recorded.get("at"), "factor", None)
+
+        def solve(b: Tensor) -> Tensor:
+            return require_solution(oracle.systems.solve(at, b, tol=LOOSE), "norms for accuracy on demand")
+
+        def Y(u: Tensor) -> Tensor:
+            return -solve(at.yx(u))
+
+        def Y_t(w: Tensor) -> Tensor:
+            return -at.xy(solve(w))
+
+        def Q_t(z: Tensor) -> Tensor:
+            a, b = L.joint(None, solve(z))
+            return a + Y_t(b)
+
+        def S(s: Tensor) -> Tensor:
+            inverse = solve(s)
+            self.norms["inverse"] = float(torch.linalg.vector_norm(inverse))
+            return solve(L.yy(inverse))
+
+        for _ in range(LATER if self.norms else FIRST):
+            self._iterate("Y", x, Y, Y_t)
+            self._iterate("Q", x, lambda u: solve(L.joint(u, Y(u))[1]), Q_t)
+            self._iterate("S", y, S, None)
+        if self.age > self.serves:
+            self.serves = min(2 * self.serves, LASTS)
+        self.age = 0
+
+    def _iterate(self, name: str, like: Tensor, A: Callable[[Tensor], Tensor], A_t: Callable | None) -> None:
+        """One power iteration with A'A (A_t None: with a symmetric A)."""
+        u = self.vectors.get(name)
+        if u is None:
+            u = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+            u = u / torch.linalg.vector_norm(u)
+        w = A(u)
+        self.norms[name] = norm = float(torch.linalg.vector_norm(w))
+        if not norm > 0:
+            self.vectors[name] = u
+            return
+        new = w if A_t is None else A_t(w / norm)
+        length = torch.linalg.vector_norm(new)
+        self.vectors[name] = new / length
+        if A_t is not None:
+            self.norms[name] = max(norm, float(length))  # |A' w| / |w| >= |A u| / |u|
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": dict(self.norms), "vectors": dict(self.vectors),
+                "numbers": [self.theta, self.size, self.trend, self.floor, self.age, self.serves]}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norms, self.vectors = dict(state["norms"]), dict(state["vectors"])
+        self.theta, self.size, self.trend, self.floor, self.age, self.serves = state["numbers"]
