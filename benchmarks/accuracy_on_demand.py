@@ -23,7 +23,7 @@ ACCURACIES = (None, 0.3, 0.1, 0.03)
 
 
 def ill_conditioned(seed: int, dx: int = 5, dy: int = 20) -> tb.BilevelProblem:
-    """y'Hy/2 - y'Bx with cond(H) = 1e4 in a random basis and a mild nonlinearity, f = |y - t|^2/2 + |x|_4^4/50 + |x|^2/100."""
+    """y'Hy/2 - y'Bx with cond(H) = 1e4 in a random basis and a mild nonlinearity."""
     gen = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(dy, dy, generator=gen, dtype=torch.float64))[0]
     H, B = Q @ torch.diag(torch.logspace(-2, 2, dy, dtype=torch.float64)) @ Q.T, 0.1 * Q[:, :dx]
@@ -35,7 +35,8 @@ def ill_conditioned(seed: int, dx: int = 5, dy: int = 20) -> tb.BilevelProblem:
     def f(x: Tensor, y: Tensor) -> Tensor:
         return ((y - t) ** 2).sum() / 2 + (x**4).sum() / 50 + (x * x).sum() / 100
 
-    return tb.BilevelProblem.from_functions(f, g, torch.ones(dx, dtype=torch.float64), torch.zeros(dy, dtype=torch.float64))
+    x, y = torch.ones(dx, dtype=torch.float64), torch.zeros(dy, dtype=torch.float64)
+    return tb.BilevelProblem.from_functions(f, g, x, y)
 
 
 def digits(seed: int) -> tb.BilevelProblem:
@@ -72,15 +73,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-seconds", type=float, default=120.0, help="of one run; one that needs more is marked *")
     args = parser.parse_args(argv)
     print(f"{machine()}; oracle calls, median (least-most) of {args.seeds} seeds\n")
-    print("| problem | method | lower, linear solver | " + " | ".join("fixed" if a is None else str(a) for a in ACCURACIES) + " |")
+    heads = " | ".join("fixed" if accuracy is None else str(accuracy) for accuracy in ACCURACIES)
+    print(f"| problem | method | lower, linear solver | {heads} |")
     print("|" + "---|" * (3 + len(ACCURACIES)))
     for name in args.settings:
         make, eps, rows = SETTINGS[name]
         for method, options, lower, solver in rows:
             cells = []
             for accuracy in ACCURACIES:
-                found = [calls(make(seed), method, eps, args.max_seconds, lower=lower, solver=solver, accuracy=accuracy, **options)
-                         for seed in range(args.seeds)]  # fmt: skip
+                given = {"lower": lower, "solver": solver, "accuracy": accuracy, **options}
+                found = [calls(make(seed), method, eps, args.max_seconds, **given) for seed in range(args.seeds)]
                 numbers = [number for number, _ in found]
                 star = "" if all(done for _, done in found) else "*"
                 cells.append(f"{statistics.median(numbers):.0f}{star} ({min(numbers)}-{max(numbers)})")

@@ -47,7 +47,9 @@ class NewtonCG(LowerSolver):
         y, at = y0, objective.linearise(x, y0, "y")
         norm = torch.linalg.vector_norm(at.gy)
         error: Tensor | None = None
-        eta = self.forcing if not residual > 0 else max(self.forcing, min(0.3, 0.5 * residual / max(float(norm), 1e-300)))
+        eta = self.forcing
+        if residual > 0:
+            eta = max(eta, min(0.3, 0.5 * residual / max(float(norm), 1e-300)))
         for iteration in range(self.max_iterations + 1):
             result = LowerResult(y, norm, error, LowerStatus.MAX_ITERATIONS, iteration, at)
             if not bool(torch.isfinite(norm) & torch.isfinite(at.value)):

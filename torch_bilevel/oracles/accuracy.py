@@ -60,8 +60,8 @@ class Accuracy:
             raise ConfigError(f"accuracy: expected a number in (0, 1), or None for fixed tolerances, got {theta!r}")
         if not (solver.takes_residual and solver.reaches_tolerance):
             raise ConfigError(
-                "accuracy: needs a lower solver that iterates to a tolerance ('newton_cg', or 'gd' or 'agd' without"
-                f" steps), got {type(solver).__name__}"
+                "accuracy: needs a lower solver that iterates to a tolerance ('newton_cg', or 'agd' or 'gradient_descent'"
+                f" without steps), got {type(solver).__name__}"
             )
         self.theta = float(theta)
         self.norms: dict[str, float] = {}

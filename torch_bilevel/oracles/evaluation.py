@@ -120,8 +120,9 @@ class Evaluation:
         """Everything ``HyperOracle.restore`` needs to rebuild this evaluation without a lower solve."""
         recorded = {name: [at.wrt, getattr(at, "factor", None) is not None, getattr(at, "prepared", False)]
                     for name, at in self.recorded.items()}  # fmt: skip
+        precision = None if self.precision is None else list(astuple(self.precision))
         return {"x": self.x, "value": self.value, "gradient": self.gradient, "points": dict(self.points),
-                "recorded": recorded, "precision": None if self.precision is None else list(astuple(self.precision))}  # fmt: skip
+                "recorded": recorded, "precision": precision}  # fmt: skip
 
 
 class HyperOracle(ABC):

@@ -81,7 +81,7 @@ class ImplicitOracle(HyperOracle):
         return evaluation
 
     def _solve(self, g: Objective, x: Tensor, y: Tensor, v: Tensor | None, goal: Goal | None = None) -> Evaluation:
-        """The evaluation by a lower solve from y and an adjoint solve from v, to the default tolerances or to ``goal``."""
+        """The evaluation by a lower solve from y and an adjoint solve from v, to ``goal`` or the default tolerances."""
         options = {} if goal is None else {"residual": goal.lower}
         low = require_lower(self.lower_solver.solve(g, x, y, systems=self.systems, tol=self.lower_tol, **options))
         at = low.at if low.at is not None else g.linearise(x, low.y, "y")
@@ -114,14 +114,16 @@ class ImplicitOracle(HyperOracle):
     ) -> Evaluation:  # fmt: skip
         value, fx, fy = Objective(self.problem, upper=1.0, counts=counts).gradient(x, y)
         size = 0.0 if goal is None else float(torch.linalg.vector_norm(fy))
-        tol = None if goal is None else self.systems.loosened(goal.adjoint / size if size > 0 else LOOSE, LOOSE, fy.dtype)
+        wanted = goal.adjoint / size if size > 0 else LOOSE
+        tol = None if goal is None else self.systems.loosened(wanted, LOOSE, fy.dtype)
         solution = self.systems.solve(at, fy, x0=v, tol=tol)
         v = require_solution(solution, "adjoint system")
         gradient = fx - at.xy(v)
         precision = None
         if goal is not None:
             value = value - torch.dot(v, at.gy)
-            precision = Precision(float(torch.linalg.vector_norm(at.gy)), float(solution.residual) * size, goal is TIGHT)
+            lower = float(torch.linalg.vector_norm(at.gy))
+            precision = Precision(lower, float(solution.residual) * size, goal is TIGHT)
         require_finite(value, gradient, "ImplicitOracle")
         evaluation = self._evaluation(x, value, gradient, {"y": y, "v": v}, counts, at, error)
         evaluation.precision = precision
