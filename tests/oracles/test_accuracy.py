@@ -32,7 +32,8 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize("make, method, lower", [
     (nonconvex, "lbfgs", "agd"), (nonconvex, "dlcrn", "newton_cg"), (hyper_cleaning, "auto", "newton_cg"),
-    (one_by_one, "adam", "gradient_descent"), (ill_conditioned, "lbfgs", "newton_cg"), (ill_conditioned, "dlcrn", "agd"),
+    (one_by_one, "adam", "gradient_descent"), (ill_conditioned, "lbfgs", "newton_cg"),
+    (ill_conditioned, "dlcrn", "agd"),
 ])  # fmt: skip
 def test_the_error_is_within_what_is_allowed_along_a_run(make, method, lower, recorded):
     case, theta = make(), 0.1
