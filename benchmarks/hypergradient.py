@@ -199,7 +199,7 @@ def compare(setting: Setting, args) -> dict:
     exact, adjoint = reference(setting)
     everybody, making, absent = contestants_of(setting, adjoint, args.quick)
     record: dict = {"absent": absent, "targets": {}}
-    for target in TARGETS[1:3] if args.quick else TARGETS:
+    for target in TARGETS[1:3] if args.quick else args.targets:
         efforts = {c.name: fewest(c, target, exact) for c in everybody}
         there = [c for c in everybody if efforts[c.name] is not None]
         times = interleaved({c.name: lambda c=c: c.run(efforts[c.name]) for c in there}, args.repeats,
@@ -262,6 +262,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
     names = ["softmax", "mnist", "mlp"]
     parser.add_argument("--settings", nargs="+", default=names, choices=names)
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="relative errors to reach")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where learned weights are kept")
     args = begin(parser, argv)
     record: dict = {}

@@ -45,8 +45,8 @@ def is_thin(a: Tensor, b: Tensor) -> bool:
 
 
 def turn_over(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as (b' a')': (n, k), (k, m) -> (n, m)."""
-    return (b.mT @ a.mT).mT
+    """a @ b as (b' a')': (n, k), (k, m) -> (n, m), laid out as ``mm`` would: what follows is slow on mixed layouts."""
+    return (b.mT @ a.mT).mT.contiguous()
 
 
 def fold_right(a: Tensor, b: Tensor) -> Tensor:
