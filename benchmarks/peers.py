@@ -1,6 +1,6 @@
 """Hypergradients by other libraries, each through its own code, at a given lower solution and with K steps.
 
-Every peer is a class with ``available()`` (a reason if not), and ``hypergradient(steps) -> (dx,)`` that does all that
+Every peer is a class with ``missing()`` (why it cannot be used, or None), and ``hypergradient(steps) -> (dx,)`` that does all that
 must be done anew at a new point: losses, gradients, solve, cross product. ``steps`` is the library's own iteration
 setting; ``products(steps)`` says how many Hessian products that costs.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from abc import ABC, abstractmethod
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.problems import Setting, curvature
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-class Peer:
+class Peer(ABC):
     """A contestant at the setting's (x, y)."""
 
     name, module = "", ""
@@ -44,8 +45,9 @@ class Peer:
     def products(self, steps: int) -> int:
         return steps
 
+    @abstractmethod
     def hypergradient(self, steps: int) -> Tensor:
-        raise NotImplementedError
+        """(dx,), by ``steps`` iterations of its linear solver (or of its unrolled lower level)."""
 
 
 class TorchOpt(Peer):

@@ -13,6 +13,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test under the gpu marker needs a CUDA device: said once, here."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device; CUDA under the gpu marker."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with MNIST/raw, FashionMNIST/raw and libsvm; the test is skipped where there is none."""

@@ -8,7 +8,7 @@ A recorded graph is asked only for the block it is needed for: a product with h_
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Callable, Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -134,9 +134,13 @@ class Linearisation:
 
     Attributes:
         value (), gx (dx,) or None, gy (dy,) or None.
+        factor, prepared: what ``LowerSystems`` knows of this point: the factor of h_yy here, or None, and whether it was
+            decided that one be made for many solves.
     """
 
     def __init__(self, objective: Objective, x: Tensor, y: Tensor, wrt: str = "xy"):
+        self.factor: Any = None
+        self.prepared = False
         self.objective, self.x, self.y, self.wrt = objective, x.detach(), y.detach(), wrt
         objective._count("gradients")
         self._graph = None
@@ -248,9 +252,8 @@ class _Graph:
                 return self._block(outputs, inputs, cotangents)
         return [torch.cat([part.T for part in parts], dim=1) for parts in zip(*blocks)]
 
-    @staticmethod
-    def _backward(outputs, inputs, cotangents, batched: bool) -> list[Tensor]:
-        with fast_products(*inputs):
+    def _backward(self, outputs, inputs, cotangents, batched: bool) -> list[Tensor]:
+        with fast_products(self.x, self.y):
             parts = torch.autograd.grad(
                 outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )

@@ -10,13 +10,6 @@ import torch
 from torch import Tensor
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
-    return torch.device(request.param)
-
-
 class CountingOperator:
     """A dense (n, n) or diagonal (n,) Hessian behind the operator interface, counting its products."""
 

@@ -8,13 +8,6 @@ import torch
 from torch_bilevel.linalg import FunctionOperator
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    return torch.device(request.param)
-
-
 class Counter(FunctionOperator):
     """A dense matrix that counts its products, one per vector."""
 

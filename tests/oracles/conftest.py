@@ -53,13 +53,6 @@ def make_problem(name: str, dtype=torch.float64, device="cpu") -> tb.BilevelProb
     return problem
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
-    return torch.device(request.param)
-
-
 @pytest.fixture
 def make():
     """make(name, dtype=float64, device='cpu') -> BilevelProblem."""

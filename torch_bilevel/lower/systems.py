@@ -109,7 +109,7 @@ class LowerSystems:
         counts, n = at.objective.counts, at.y.numel()
         counts.add(solves=1 if b.dim() == 1 else b.shape[1])
         tol = tol if tol is not None else self.tol if self.tol is not None else default_tol(b.dtype)
-        exact = getattr(at, "factor", None)
+        exact = at.factor
         if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
@@ -184,12 +184,12 @@ class LowerSystems:
 
         Decided once a point, as ``at.prepared`` says.
         """
-        if getattr(at, "prepared", False):
+        if at.prepared:
             return
         at.prepared = True
         if self.solver == "cholesky":
             self.factor_at(at)
-        elif self.solver == "auto" and getattr(at, "factor", None) is None:
+        elif self.solver == "auto" and at.factor is None:
             self._make(at, self.kept.due_for_model(at.y.numel(), at.y.dtype))
 
     def _make(self, at: Linearisation, level: int | None) -> CholeskyFactor | None:
@@ -212,7 +212,7 @@ class LowerSystems:
         Cost: without ``matrix`` dy products in blocks, dy^3 / 3 multiplications, dy^2 numbers. Look at ``.ok``.
         """
         attach = is_exact(at.y.numel()) or self.solver == "cholesky" if attach is None else attach
-        factor = getattr(at, "factor", None)
+        factor = at.factor
         if factor is None:
             operator = self.operator(at)
             if matrix is not None:

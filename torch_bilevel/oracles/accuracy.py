@@ -121,7 +121,8 @@ class Accuracy:
         x, y, v = ev.x, ev.points["y"], ev.points["v"]
         at = Objective(oracle.problem, lower=1.0, counts=ev.counts).linearise(x, y)
         L = Objective(oracle.problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=ev.counts).linearise(x, y)
-        at.factor = getattr(ev.recorded.get("at"), "factor", None)
+        if "at" in ev.recorded:
+            at.factor = ev.recorded["at"].factor
 
         def solve(b: Tensor) -> Tensor:
             return require_solution(oracle.systems.solve(at, b, tol=LOOSE), "norms for accuracy on demand")

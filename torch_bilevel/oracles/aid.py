@@ -65,7 +65,7 @@ class AIDOracle(InexactOracle):
 
     def _differentiate(self, x: Tensor, counts: OracleCounts) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         g = Objective(self.problem, lower=1.0, counts=counts)
-        y0 = self.problem.y if self.lower_is_external else self._start()
+        y0 = self.start()
         low = require_lower(self._solver(g, x, y0).solve(g, x, y0, systems=self.systems))
         y = low.y
         at = low.at if low.at is not None else g.linearise(x, y, "y")

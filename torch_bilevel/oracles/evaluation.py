@@ -95,12 +95,12 @@ class Evaluation:
 
     @property
     def gradient_bound(self) -> float | None:
-        """First-order bound of |gradient - grad phi|, where accuracy is on demand; else None."""
+        """First-order bound of |gradient - grad phi| with estimated norms, where accuracy is on demand; else None."""
         return None if self.precision is None else self.precision.gradient
 
     @property
     def value_bound(self) -> float:
-        """Second-order bound of |value - phi|, where accuracy is on demand; else 0."""
+        """Second-order bound of |value - phi| with estimated norms, where accuracy is on demand; else 0."""
         return 0.0 if self.precision is None else self.precision.value
 
     @property
@@ -118,8 +118,7 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything ``HyperOracle.restore`` needs to rebuild this evaluation without a lower solve."""
-        recorded = {name: [at.wrt, getattr(at, "factor", None) is not None, getattr(at, "prepared", False)]
-                    for name, at in self.recorded.items()}  # fmt: skip
+        recorded = {name: [at.wrt, at.factor is not None, at.prepared] for name, at in self.recorded.items()}
         precision = None if self.precision is None else list(astuple(self.precision))
         return {"x": self.x, "value": self.value, "gradient": self.gradient, "points": dict(self.points),
                 "recorded": recorded, "precision": precision}  # fmt: skip
@@ -174,6 +173,11 @@ class HyperOracle(ABC):
     def lower_is_external(self) -> bool:
         """Whether the user trains the learner, so that y is taken as it is in the user's tensors."""
         return isinstance(self.lower_solver, External)
+
+    def start(self, name: str = "y") -> Tensor:
+        """(dy,) where a lower solve begins: its last solution (``warm[name]``), or the user's learner."""
+        warm = None if self.lower_is_external else self.warm.get(name)
+        return self.problem.y if warm is None else warm
 
     def stationarity(self, x: Tensor, gradient: Tensor) -> Tensor:
         """|gradient|, (); a run with bounds puts that of the projected gradient in its place."""

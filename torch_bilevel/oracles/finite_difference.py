@@ -54,7 +54,7 @@ class FiniteDifferenceOracle(InexactOracle):
         value, gradient, y_zero, warm = 0.0, 0.0, 0.0, {}
         for j in reversed(self.nodes):  # the largest sigma first: its curvature sets the default step length
             h = Objective(self.problem, upper=j / self.penalty, lower=1.0, counts=counts)
-            start = self._start(f"y{j}")
+            start = self.start(f"y{j}")
             solver = GradientDescent(self._step_length(h, x, start), steps=self.lower_steps)
             y = warm[f"y{j}"] = solver.solve(h, x, start, systems=self.systems).y
             gradient = gradient + self.weights[j] * self.penalty * g.gradient(x, y, "x")[1]

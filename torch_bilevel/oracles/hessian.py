@@ -98,7 +98,7 @@ class HyperHessian(LinearOperator):
     def _cross(self, at: Linearisation, dy: int, factored: bool) -> Tensor:
         """h_yx (dy, dx); the products that give it give h_yy as well, which is factored where wanted."""
         identity = torch.eye(dy, dtype=self.dtype, device=self.device)
-        if not factored or getattr(at, "factor", None) is not None:
+        if not factored or at.factor is not None:
             return at.xy(identity).mT
         xy, yy = at.to_x(identity)
         self.systems.factor_at(at, attach=True, matrix=(yy + yy.mT).mul_(0.5))

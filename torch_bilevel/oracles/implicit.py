@@ -69,14 +69,11 @@ class ImplicitOracle(HyperOracle):
         x = self.problem.check_x(x)
         counts = self.counts.child()
         counts.add(evaluations=1)
-        start = self.warm.get("y")
-        if start is None or self.lower_is_external:
-            start = self.problem.y
         g, v = Objective(self.problem, lower=1.0, counts=counts), self.warm.get("v")
         if self.accuracy is None:
-            evaluation = self._solve(g, x, start, v)
+            evaluation = self._solve(g, x, self.start(), v)
         else:
-            evaluation = self.accuracy.evaluate(self, lambda *to: self._solve(g, x, *to), x, start, v, g)
+            evaluation = self.accuracy.evaluate(self, lambda *to: self._solve(g, x, *to), x, self.start(), v, g)
         self.warm = {name: evaluation.points[name] for name in ("y", "v")}
         return evaluation
 
@@ -173,12 +170,13 @@ def lagrangian_hessian(
     lower = at
     if at is None or "x" not in at.wrt:
         lower = Objective(problem, lower=1.0, counts=counts).linearise(x, y)
-        lower.factor, lower.prepared = getattr(at, "factor", None), getattr(at, "prepared", False)
+        if at is not None:
+            lower.factor, lower.prepared = at.factor, at.prepared
     if lagrangian is None:
         lagrangian = Objective(problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=counts).linearise(x, y)
     hessian = HyperHessian(lower, lower, lagrangian.joint, systems, tol)
     if at is not None and at is not lower:  # what is saved of the evaluation says what was decided here
-        at.factor, at.prepared = getattr(lower, "factor", None), lower.prepared
+        at.factor, at.prepared = lower.factor, lower.prepared
     return hessian
 
 

@@ -60,9 +60,6 @@ class InexactOracle(HyperOracle):
             self.lower_lr = 1.0 / lipschitz_estimate(objective.linearise(x, y, "y"))
         return self.lower_lr
 
-    def _start(self, name: str = "y") -> Tensor:
-        return self.warm[name] if name in self.warm else self.problem.y
-
     def _evaluation(self, x, value, gradient, points, counts) -> Evaluation:
         problem, name = self.problem, type(self).__name__
 

@@ -69,12 +69,9 @@ class MinimaxOracle(HyperOracle):
         x = self.problem.check_x(x)
         counts = self.counts.child()
         counts.add(evaluations=1)
-        start = self.warm.get("y")
-        if start is None or self.lower_is_external:
-            start = self.problem.y
         g = Objective(self.problem, lower=1.0, counts=counts)
         with _in_terms_of_f():
-            low = require_lower(self.lower_solver.solve(g, x, start, systems=self.systems, tol=self.lower_tol))
+            low = require_lower(self.lower_solver.solve(g, x, self.start(), systems=self.systems, tol=self.lower_tol))
         value, gx, _ = g.gradient(x, low.y, "x")
         require_finite(value, gx, "MinimaxOracle")
         self.warm = {"y": low.y}
@@ -92,7 +89,7 @@ class MinimaxOracle(HyperOracle):
 
         def hessian() -> SchurComplement:
             joint = Objective(problem, lower=1.0, counts=counts).linearise(x, y)
-            joint.factor = getattr(at, "factor", None)
+            joint.factor = None if at is None else at.factor
             return SchurComplement(joint, self.systems, self.hessian_tol)
 
         def lower() -> LowerSolution:

@@ -152,7 +152,7 @@ class PenaltyOracle(HyperOracle):
     def _solve_ends(self, x: Tensor, counts: OracleCounts) -> tuple[Segment, Tensor, Quotient]:
         """lo = argmin h_lo, the scaled difference d = (hi - lo) / delta, and the quotient there."""
         h_lo, h_hi = (Objective(self.problem, upper=s, lower=1.0, counts=counts) for s in self.sigmas)
-        start = self.warm.get("lo", self.problem.y)
+        start = self.start("lo")
         low = require_lower(self.lower_solver.solve(h_lo, x, start, systems=self.systems, tol=self.lower_tol))
         segment = self._segment(self.problem, x, low.y, self.sigmas, counts)
         if self.penalised_solver.reaches_tolerance:

@@ -52,7 +52,7 @@ class SingleLoopOracle(HyperOracle):
         x = self.problem.check_x(x)
         counts = self.counts.child()
         counts.add(evaluations=1)
-        y = self.warm.get("y", self.problem.y)
+        y = self.start()
         g = Objective(self.problem, lower=1.0, counts=counts)
         at = g.linearise(x, y, "y")
         if self._step is None:

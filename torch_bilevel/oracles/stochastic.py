@@ -51,7 +51,7 @@ class StochasticOracle(InexactOracle):
         self._chunks: dict[str, tuple[Any, list[Any], Tensor]] = {}
 
     def _differentiate(self, x: Tensor, counts: OracleCounts) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        y = self._start()
+        y = self.start()
         lr = self._step_length(Objective(self.problem, lower=1.0, counts=counts), x, y)
         counts.add(lower_solves=1)
         for _ in range(self.lower_steps):

@@ -37,7 +37,7 @@ class UnrolledOracle(InexactOracle):
 
     def _differentiate(self, x: Tensor, counts: OracleCounts) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         g = Objective(self.problem, lower=1.0, counts=counts)
-        y = self._start()
+        y = self.start()
         lr = self._step_length(g, x, y)
         counts.add(lower_solves=1)
         recorded = self.lower_steps if self.unroll is None else min(self.unroll, self.lower_steps)

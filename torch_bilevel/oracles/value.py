@@ -38,11 +38,8 @@ class ValueOracle(HyperOracle):
         x = self.problem.check_x(x)
         counts = self.counts.child()
         counts.add(evaluations=1)
-        start = self.warm.get("y")
-        if start is None or self.lower_is_external:
-            start = self.problem.y
         g = Objective(self.problem, lower=1.0, counts=counts)
-        low = require_lower(self.lower_solver.solve(g, x, start, systems=self.systems, tol=self.lower_tol))
+        low = require_lower(self.lower_solver.solve(g, x, self.start(), systems=self.systems, tol=self.lower_tol))
         if isinstance(self.problem, MinimaxProblem):
             value = -Objective(self.problem, lower=1.0, counts=counts).value(x, low.y)
         else:
