@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.comparison import first_reaching
 from experiments.studies import e1
 from experiments.studies.base import Results
-from experiments.studies.tables import best_of, leader, markdown, median_curve, number, quartiles, stopped, with_gap
+from experiments.studies.tables import (
+    AXES,
+    best_of,
+    cost_table,
+    costs_to,
+    first_at,
+    markdown,
+    median_curve,
+    number,
+    quartiles,
+    stopped,
+    with_gap,
+)
 
 LEVELS = (1e-1, 1e-2, 1e-3)
 #: drawn in the figures; the tables have all
@@ -211,36 +222,13 @@ def _references(results: Results, dataset: str, noise: float, seeds: Sequence[in
 
 
 def _cost_tables(gaps: Mapping[str, Sequence[Any]]) -> str:
-    rows, lines = [], []
-    costs = {
-        axis: {
-            level: {
-                label: [first_reaching(run["records"], "gap", level, axis) for run in group]
-                for label, group in gaps.items()
-            }
-            for level in LEVELS
-        }
-        for axis in ("seconds", "oracle_calls")
-    }
-    for label, group in gaps.items():
-        if group:
-            rows.append([label, *[quartiles(costs[axis][level][label]) for axis in costs for level in LEVELS]])
-    for axis, unit in (("seconds", "seconds"), ("oracle_calls", "oracle calls")):
-        first = "; ".join(f"{level:g}: {leader(costs[axis][level])}" for level in LEVELS)
-        lines.append(f"First by median {unit} at a gap of {first}.")
-        clip = {
-            level: {label: values for label, values in costs[axis][level].items() if "sigmoid" not in label}
-            for level in LEVELS
-        }
-        first = "; ".join(f"{level:g}: {leader(clip[level])}" for level in LEVELS)
-        lines.append(f"Among those with clipped weights: {first}.")
-    head = ["method", *[f"s to {level:g}" for level in LEVELS], *[f"calls to {level:g}" for level in LEVELS]]
-    return (
-        "Cost until the gap of the upper objective is first below a level:\n\n"
-        + markdown(head, rows)
-        + "\n\n"
-        + " ".join(lines)
-    )
+    costs, lines = costs_to(gaps, LEVELS), []
+    for axis, unit in AXES.items():
+        lines.append(f"First by median {unit} at a gap of {first_at(costs, axis)}.")
+        clipped = first_at(costs, axis, lambda label: "sigmoid" not in label)
+        lines.append(f"Among those with clipped weights: {clipped}.")
+    head = "Cost until the gap of the upper objective is first below a level:"
+    return "\n\n".join([head, cost_table(costs), " ".join(lines)])
 
 
 def _draw(path: Path, runs: Mapping[str, Sequence[Any]]) -> None:

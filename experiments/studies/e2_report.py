@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.comparison import first_reaching
 from experiments.studies import e2
 from experiments.studies.base import Results
-from experiments.studies.tables import best_of, leader, markdown, median_curve, number, quartiles, stopped, with_gap
+from experiments.studies.tables import (
+    AXES,
+    best_of,
+    cost_table,
+    costs_to,
+    first_at,
+    markdown,
+    median_curve,
+    number,
+    quartiles,
+    stopped,
+    with_gap,
+)
 
 NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 SETTING_NAMES = {
@@ -183,28 +194,10 @@ def _costs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         best = best_of([group[place] for group in runs.values() if place < len(group)], "validation_loss")
         for label, group in runs.items():
             gaps[label] += with_gap(group[place : place + 1], "validation_loss", best, "gap")
-    costs = {
-        axis: {
-            level: {
-                label: [first_reaching(run["records"], "gap", level, axis) for run in group]
-                for label, group in gaps.items()
-            }
-            for level in LEVELS
-        }
-        for axis in ("seconds", "oracle_calls")
-    }
-    rows = [[label, *[quartiles(costs[axis][level][label]) for axis in costs for level in LEVELS]] for label in gaps]
-    lines = []
-    for axis, unit in (("seconds", "seconds"), ("oracle_calls", "oracle calls")):
-        first = "; ".join(f"{level:g}: {leader(costs[axis][level])}" for level in LEVELS)
-        lines.append(f"First by median {unit} at a gap of {first}.")
-    head = ["method", *[f"s to {level:g}" for level in LEVELS], *[f"calls to {level:g}" for level in LEVELS]]
-    return (
-        "Cost until the validation loss is first within a gap of the lowest of any method:\n\n"
-        + markdown(head, rows)
-        + "\n\n"
-        + " ".join(lines)
-    )
+    costs = costs_to(gaps, LEVELS)
+    lines = [f"First by median {unit} at a gap of {first_at(costs, axis)}." for axis, unit in AXES.items()]
+    head = "Cost until the validation loss is first within a gap of the lowest of any method:"
+    return "\n\n".join([head, cost_table(costs), " ".join(lines)])
 
 
 def _draw(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from experiments.comparison import first_reaching
 
 #: a run that ended so has no more to give; its last record holds for all later times
 ENDED = ("gradient_tolerance", "second_order", "step_rule", "stalled")
@@ -121,3 +123,38 @@ def leader(costs: Mapping[str, Sequence[float | None]]) -> str:
         return "none"
     label = min(medians, key=medians.get)
     return f"{label} ({number(medians[label])})"
+
+
+#: axes of the cost of a run, with the words for them
+AXES = {"seconds": "seconds", "oracle_calls": "oracle calls"}
+Costs = dict[str, dict[float, dict[str, list[float | None]]]]
+
+
+def costs_to(gaps: Mapping[str, Sequence[Record]], levels: Sequence[float]) -> Costs:
+    """axis -> level -> label -> the cost, run by run, at which `gap` is first at most the level; None for never."""
+    return {
+        axis: {
+            level: {
+                label: [first_reaching(run["records"], "gap", level, axis) for run in group]
+                for label, group in gaps.items()
+            }
+            for level in levels
+        }
+        for axis in AXES
+    }
+
+
+def cost_table(costs: Costs) -> str:
+    """A row per method that has runs: median (quartiles) of the seconds, then of the calls, to every level."""
+    levels = list(costs["seconds"])
+    labels = [label for label, values in costs["seconds"][levels[0]].items() if values]
+    rows = [[label, *[quartiles(costs[axis][level][label]) for axis in AXES for level in levels]] for label in labels]
+    return markdown(["method", *[f"s to {v:g}" for v in levels], *[f"calls to {v:g}" for v in levels]], rows)
+
+
+def first_at(costs: Costs, axis: str, keep: Callable[[str], bool] = lambda label: True) -> str:
+    """'level: who is first (median)' for every level, among the labels to `keep`."""
+    return "; ".join(
+        f"{level:g}: {leader({label: values for label, values in of_level.items() if keep(label)})}"
+        for level, of_level in costs[axis].items()
+    )
