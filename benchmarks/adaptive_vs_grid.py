@@ -5,7 +5,8 @@
 The grid: M in 10^-4, 10^-3.5, ..., 10^3 with m = 1, 2, 3, 5, 10, every step accepted (the published algorithms); of the
 runs that end certified and at a value no higher than the adaptive one's, the fewest steps, the fewest lower gradients,
 the fewest Hessians and the fewest oracle calls are taken each by itself, so four different settings may be the
-yardstick; then, in a second table, those of the one run with the fewest oracle calls. The adaptive runs have no constants: FSBA (m = 1) and LFSBA with their defaults.
+yardstick; then, in a second table, those of the one run with the fewest oracle calls. The adaptive runs have no
+constants: FSBA (m = 1) and LFSBA with their defaults.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None
 def hessian_operations(n: int, n_val: int, features: int, classes: int) -> dict[str, float]:
     """Operations of a dense hyper-Hessian of softmax hyper-cleaning (features with the bias counted), by part.
 
-        g_yy = X'D_kl X for every pair of classes, symmetric;   its Cholesky factor;   Y = -g_yy^{-1} g_yx;
-        L_yy Y, by products (two matrix products a level and column) or by a dense L_yy, whichever is less;   Y'(L_yy Y)
+    g_yy = X'D_kl X for every pair of classes, symmetric;   its Cholesky factor;   Y = -g_yy^{-1} g_yx;
+    L_yy Y, by products (two matrix products a level and column) or by a dense L_yy, whichever is less;   Y'(L_yy Y)
     """
     dy, pairs = features * classes, classes * (classes + 1) / 2
     dense = pairs * n * features**2

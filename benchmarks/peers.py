@@ -1,6 +1,7 @@
 """Hypergradients by other libraries, each through its own code, at a given lower solution and with K steps.
 
-Every peer is a class with ``missing()`` (why it cannot be used, or None), and ``hypergradient(steps) -> (dx,)`` that does all that
+Every peer is a class with ``missing()`` (why it cannot be used, or None), and ``hypergradient(steps) -> (dx,)`` that
+does all that
 must be done anew at a new point: losses, gradients, solve, cross product. ``steps`` is the library's own iteration
 setting; ``products(steps)`` says how many Hessian products that costs.
 """

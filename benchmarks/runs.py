@@ -85,6 +85,7 @@ def library_run(setting: Setting, label: str, lr: float | None, *, max_seconds: 
         raise Skip("optuna is not installed")
     method = make_method(name, {**options, **({} if lr is None else {"lr": lr})})
     trace = Trace(None if exact else Judge(setting))
+
     def follow(report: tb.StepReport, x: Tensor, y: Tensor) -> bool:
         if trace.wants(report.step):
             trace.add(report.step, report.seconds, report.counts.copy(), report.value, report.gradient_norm, x)

@@ -32,7 +32,9 @@ def data(data_dir: str | None) -> tb.SparseMatrix:
     generator = torch.Generator().manual_seed(0)
     popular = torch.rand(ENTRIES, generator=generator).pow(6)  # a few features have most of the entries
     places = torch.stack([torch.randint(ROWS, (ENTRIES,), generator=generator), (popular * FEATURES).long()])
-    return tb.SparseMatrix(torch.sparse_coo_tensor(places, torch.rand(ENTRIES, generator=generator) / 10, (ROWS, FEATURES)))
+    return tb.SparseMatrix(
+        torch.sparse_coo_tensor(places, torch.rand(ENTRIES, generator=generator) / 10, (ROWS, FEATURES))
+    )
 
 
 def milliseconds(call: Callable[[], object], repetitions: int) -> float:

@@ -100,8 +100,9 @@ def load_mnist_fashion(
 ) -> dict[str, Classes]:
     """Classes in the style of Omniglot: the 20 of MNIST and Fashion-MNIST, each with its four rotations.
 
-    10 / 5 / 5 of the 20 (half of each set, a seeded draw) and their rotations are meta-train, val and test: 40 / 20 / 20
-    classes, disjoint. As a rotated 0 or T-shirt is much like itself, an episode never takes two rotations of one class.
+    10 / 5 / 5 of the 20 (half of each set, a seeded draw) and their rotations are meta-train, val and test: 40 / 20 /
+    20 classes, disjoint. As a rotated 0 or T-shirt is much like itself, an episode never takes two rotations of one
+    class.
 
     Args:
         per_class: images kept of each. pool: images are averaged over pool x pool pixels, 28 -> 14 by default.
@@ -233,7 +234,9 @@ def batches(episodes: Episodes) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 
 
 @torch.no_grad()
-def judge(backbone: Backbone, episodes: Episodes, reg: float = 0.5, ways: int = 5, steps: int = 80) -> tuple[float, float]:
+def judge(
+    backbone: Backbone, episodes: Episodes, reg: float = 0.5, ways: int = 5, steps: int = 80
+) -> tuple[float, float]:
     """(mean query CE, mean query accuracy) with each task's head at its minimiser (accelerated gradient steps)."""
 
     def features(images: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from experiments.report import table, write_json
 DEFAULTS: dict[str, Any] = {
     "adam": {"lr": 3e-3, "lower_tol": 1e-3, "linear_tol": 1e-3},
     "aid": {"lower_steps": 20, "lr": 3e-3, "upper_optimizer": "Adam"},
-    "ifsba": {"period": 1, "penalty": 100.0, "hessian_tol": 0.1, "lower_tol": 1e-3, "linear_tol": 1e-3, "model_tol": 0.3},
+    "ifsba": {
+        "period": 1,
+        "penalty": 100.0,
+        "hessian_tol": 0.1,
+        "lower_tol": 1e-3,
+        "linear_tol": 1e-3,
+        "model_tol": 0.3,
+    },
 }
 
 COLUMNS = ("test_accuracy", "test", "val_accuracy", "step", "oracle_calls")
@@ -48,7 +55,9 @@ class Config:
     def __post_init__(self) -> None:
         check_choice("source", self.source, episodes.SOURCES)
         if not self.seeds or min(self.ways - 1, self.shots, self.meta_batch, self.judged, self.looks) < 1:
-            raise ConfigError("seeds must not be empty; ways at least 2; shots, meta_batch, judged and looks at least 1")
+            raise ConfigError(
+                "seeds must not be empty; ways at least 2; shots, meta_batch, judged and looks at least 1"
+            )
         if self.width < 4 or self.width % 4 or not self.seconds > 0:
             raise ConfigError(f"width={self.width} must be a multiple of 4 (groups of GroupNorm), seconds positive")
         self.methods = self.methods or {label: dict(options) for label, options in DEFAULTS.items()}
@@ -87,5 +96,7 @@ def run(config: Config, run_dir: Path, data_dir: str | Path | None = None, resum
 
 def describe(summary: Mapping[str, Any]) -> str:
     """Where each method stands when its seconds are spent; median (lowest-highest) of the seeds."""
-    rows = [[row["label"], *(spread(row[key]) for key in COLUMNS), ", ".join(row["statuses"])] for row in summary["rows"]]
+    rows = [
+        [row["label"], *(spread(row[key]) for key in COLUMNS), ", ".join(row["statuses"])] for row in summary["rows"]
+    ]
     return table(["method", "test accuracy", "test CE", "val accuracy", "meta-batches", "calls", "ended"], rows)

@@ -123,4 +123,10 @@ def train(
         status, message = "failed", f"{type(error).__name__}: {error}"
     if records[-1]["step"] != step:
         look(step, x)
-    return {"status": status, "records": records, "counts": stepper.counts.as_dict(), "peak_gb": peak_gb(), "message": message}
+    return {
+        "status": status,
+        "records": records,
+        "counts": stepper.counts.as_dict(),
+        "peak_gb": peak_gb(),
+        "message": message,
+    }

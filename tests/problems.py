@@ -5,8 +5,8 @@ Every ``Case`` makes the same problem in any dtype, and a ``Reference`` (dense f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

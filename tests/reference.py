@@ -6,9 +6,9 @@ is dense, by ``torch.func``, every system is solved by ``torch.linalg.solve``, e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

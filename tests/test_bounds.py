@@ -40,7 +40,8 @@ def test_clipped_weights(method, kind):
     inside = []
     result = tb.minimize(case.problem(), method, bounds=(0.0, 1.0), hessian=kind,
                          callback=lambda report, x, y: inside.append(bool(((x >= 0) & (x <= 1)).all())))  # fmt: skip
-    assert all(inside) and result.status is tb.Status.SECOND_ORDER
+    assert all(inside)
+    assert result.status is tb.Status.SECOND_ORDER
     active = (result.x == 0) | (result.x == 1)
     assert 3 <= int(active.sum()) < 12  # some at a bound, exactly, and some between
     assert result.history[-1].step <= 30
@@ -75,7 +76,8 @@ def test_a_box_around_a_saddle(kind):
     """The step that leaves the saddle would cross the bound: it ends on it, where phi is least."""
     result = tb.minimize(saddle().problem(), "lfsba", bounds=(-0.3, 0.3), hessian=kind)
     assert result.status is tb.Status.SECOND_ORDER
-    assert abs(float(result.x[2])) == 0.3 and float(result.x[:2].norm()) <= 1e-6
+    assert abs(float(result.x[2])) == 0.3
+    assert float(result.x[:2].norm()) <= 1e-6
     assert result.value == pytest.approx(-0.003 + 0.001 / 3, abs=1e-12)
 
 
@@ -86,13 +88,16 @@ def test_a_corner():
         lambda x, y: -y.sum(), lambda x, y: ((y - x) ** 2).sum() / 2, 0 * one, 0 * one
     )
     result = tb.minimize(problem, "dlcrn", bounds=(-one, 2 * one))
-    assert torch.equal(result.x, 2 * one) and result.status.converged and result.gradient_norm == 0.0
+    assert torch.equal(result.x, 2 * one)
+    assert result.status.converged
+    assert result.gradient_norm == 0.0
 
 
 def test_bounds_as_tensors_and_a_start_outside():
     lo, hi = torch.full((12,), -0.3, dtype=torch.float64), torch.linspace(0.1, 0.5, 12, dtype=torch.float64)
     result = tb.minimize(nonconvex().problem(), "dlcrn", bounds=(lo, hi))
-    assert bool(((result.x >= lo) & (result.x <= hi)).all()) and result.status.converged
+    assert bool(((result.x >= lo) & (result.x <= hi)).all())
+    assert result.status.converged
 
 
 def test_wide_bounds_change_nothing():

@@ -56,9 +56,12 @@ def test_the_end_of_a_run_is_second_order_stationary(method):
     result = tb.minimize(problem, method, gradient_tol=1e-7)
     cert = tb.certify(problem)  # at the point the run has written
     eps = 1e-6 if method == "dlcrn" else 1e-4  # the surrogate's bias, O(1/penalty^2) of terms of size 10
-    assert cert.is_sosp(eps) and cert.is_sosp(eps, math.sqrt(cert.cubic_reg * eps))
-    assert "is (" in cert.describe(eps) and not cert.is_sosp(1e-14)
-    assert torch.equal(problem.x, result.x) and torch.equal(problem.y, result.y)  # nothing was changed
+    assert cert.is_sosp(eps)
+    assert cert.is_sosp(eps, math.sqrt(cert.cubic_reg * eps))
+    assert "is (" in cert.describe(eps)
+    assert not cert.is_sosp(1e-14)
+    assert torch.equal(problem.x, result.x)
+    assert torch.equal(problem.y, result.y)
 
 
 def test_a_saddle_is_not_second_order_stationary():
@@ -66,8 +69,10 @@ def test_a_saddle_is_not_second_order_stationary():
     assert cert.gradient_norm == 0.0
     assert cert.min_eigenvalue == pytest.approx(-0.2, abs=1e-9)
     assert cert.cubic_reg == pytest.approx(2.0, rel=1e-6)  # |w'''| = 2 beside 0
-    assert not cert.is_sosp(1e-6) and not cert.is_sosp(1e-3)
-    assert cert.is_sosp(1e-6, delta=0.21) and not cert.is_sosp(1e-6, delta=0.19)
+    assert not cert.is_sosp(1e-6)
+    assert not cert.is_sosp(1e-3)
+    assert cert.is_sosp(1e-6, delta=0.21)
+    assert not cert.is_sosp(1e-6, delta=0.19)
     assert cert.is_sosp(0.03)  # sqrt(2 * 0.03) > 0.2: at so rough an eps it does count as one
     assert "is not" in str(cert)
     assert tb.certify(saddle().problem(), cubic_reg=8.0).cubic_reg == 8.0
@@ -100,7 +105,8 @@ def test_smallest_eigenvalue(n):
     H = FunctionOperator(n, lambda v: values * v, lambda V: values[:, None] * V, dtype=torch.float64,
                          device=torch.device("cpu"))  # fmt: skip
     value, error, norm, u = smallest_eigenvalue(H, tol=1e-4)
-    assert abs(value + 1.0) <= error + 1e-12 and error <= 1e-2
+    assert abs(value + 1.0) <= error + 1e-12
+    assert error <= 1e-2
     assert 2.5 <= norm <= 3.0 + 1e-9
     assert float((values * u - value * u).norm()) <= error + 1e-9
 

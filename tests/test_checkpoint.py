@@ -17,7 +17,8 @@ def test_round_trip(tmp_path):
     state = {"x": torch.arange(3.0), "list": [1, 2.5, None, True], "nested": {"t": (torch.ones(2, dtype=torch.float64), "s")}}
     save(path, state)
     found = load(path)
-    assert torch.equal(found["x"], state["x"]) and found["list"] == state["list"]
+    assert torch.equal(found["x"], state["x"])
+    assert found["list"] == state["list"]
     assert found["nested"]["t"][0].dtype == torch.float64
     assert [p.name for p in path.parent.iterdir()] == ["run.pt"]  # nothing left beside it
 
@@ -53,12 +54,16 @@ def test_reports_as_plain_numbers():
     report = StepReport(3, 1.5, 0.25, step_norm=0.1, accepted=False, cubic_reg=7.0, counts=OracleCounts(hessians=4),
                         extra={"error": 0.5})  # fmt: skip
     plain = pack_report(report)
-    assert plain["counts"]["hessians"] == 4 and not isinstance(plain["counts"], OracleCounts)
+    assert plain["counts"]["hessians"] == 4
+    assert not isinstance(plain["counts"], OracleCounts)
     back = unpack_report(plain)
-    assert repr(back) == repr(report) and math.isnan(back.ratio)
+    assert repr(back) == repr(report)
+    assert math.isnan(back.ratio)
 
 
 def test_to_device_keeps_the_tree():
     tree = {"a": [torch.ones(2), (1, "x")], "b": None}
     moved = to_device(tree, torch.device("cpu"))
-    assert moved["a"][1] == (1, "x") and moved["b"] is None and torch.equal(moved["a"][0], tree["a"][0])
+    assert moved["a"][1] == (1, "x")
+    assert moved["b"] is None
+    assert torch.equal(moved["a"][0], tree["a"][0])

@@ -115,8 +115,10 @@ def test_products_survive_many_uses_and_do_not_touch_the_point():
     first = at.yy(w)
     for _ in range(3):
         at.xx(draw(6)), at.yy(draw(8, 5))
-    assert torch.equal(at.yy(w), first) and not first.requires_grad
-    assert ref.x.grad is None and not ref.x.requires_grad
+    assert torch.equal(at.yy(w), first)
+    assert not first.requires_grad
+    assert ref.x.grad is None
+    assert not ref.x.requires_grad
 
 
 def test_functions_that_do_not_mix_have_zero_blocks():
@@ -129,10 +131,14 @@ def test_functions_that_do_not_mix_have_zero_blocks():
             for k in ("upper", "lower"))  # fmt: skip
     for columns in ((), (4,)):
         u, w = torch.ones(2, *columns, dtype=D), torch.ones(3, *columns, dtype=D)
-        assert torch.equal(f.yy(w), torch.zeros_like(w)) and torch.equal(f.xx(u), torch.zeros_like(u))
-        assert torch.equal(f.xy(w), torch.zeros_like(u)) and torch.equal(f.yx(u), torch.zeros_like(w))
-        assert torch.equal(g.xy(w), torch.zeros_like(u)) and torch.equal(g.yx(u), torch.zeros_like(w))
-        assert torch.equal(g.yy(w), 2 * w) and torch.equal(g.xx(u), 6 * u)
+        assert torch.equal(f.yy(w), torch.zeros_like(w))
+        assert torch.equal(f.xx(u), torch.zeros_like(u))
+        assert torch.equal(f.xy(w), torch.zeros_like(u))
+        assert torch.equal(f.yx(u), torch.zeros_like(w))
+        assert torch.equal(g.xy(w), torch.zeros_like(u))
+        assert torch.equal(g.yx(u), torch.zeros_like(w))
+        assert torch.equal(g.yy(w), 2 * w)
+        assert torch.equal(g.xx(u), 6 * u)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
@@ -275,7 +281,8 @@ def test_counts_go_to_the_parent_too():
     frozen.add(solves=1)
     assert total.solves == 6
     child.add(upper_gradients=2, lower_gradients=3, upper_products=7)
-    assert child.gradients == 5 and child.oracle_calls == 5 + 7 + 5
+    assert child.gradients == 5
+    assert child.oracle_calls == 5 + 7 + 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -172,7 +172,9 @@ def test_wrong_to_third_order_is_refused_and_the_penalty_hessian_is_right(name):
         product = ev.hessian.matvec(u)
     assert error(product, fd_of_gradient(oracle, problem.x, u)) <= 1e-5
     report = tb.doctor(problem)
-    assert report.ok and "implicit Hessian refused" in str(report) and message in str(report)
+    assert report.ok
+    assert "implicit Hessian refused" in str(report)
+    assert message in str(report)
 
 
 def in_single_precision(problem):
@@ -346,7 +348,8 @@ def texts(report, kind):
 
 def test_a_healthy_problem():
     report = tb.doctor(problem_of(tiny(nn.Tanh())))
-    assert report.ok and str(report) == "doctor: nothing found"
+    assert report.ok
+    assert str(report) == "doctor: nothing found"
 
 
 def test_missing_data_is_no_finding_of_the_levels_that_have_some():
@@ -363,7 +366,9 @@ def test_negative_curvature_is_a_warning():
     report = tb.doctor(problem)
     assert report.ok
     (text,) = texts(report, "warning")
-    assert "curvature -2.00e+00" in text and "not strongly convex" in text and "L2" in text
+    assert "curvature -2.00e+00" in text
+    assert "not strongly convex" in text
+    assert "L2" in text
 
 
 def test_a_wrong_backward_is_found_by_finite_differences():
@@ -385,7 +390,8 @@ def test_a_wrong_backward_is_found_by_finite_differences():
         torch.ones(3, dtype=D),
     )  # fmt: skip
     report = tb.doctor(problem)
-    assert not report.ok and "disagrees with finite differences" in texts(report, "error")[0]
+    assert not report.ok
+    assert "disagrees with finite differences" in texts(report, "error")[0]
     assert str(report).startswith("doctor: ERROR: ")
 
 

@@ -19,9 +19,11 @@ def test_round_trip_keeps_order_shape_and_dtype(dtype):
     given = tensors(dtype)
     layout = Layout(given, "learner")
     flat = layout.flatten(given)
-    assert flat.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9] and flat.dtype == dtype == layout.dtype
+    assert flat.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert flat.dtype == dtype == layout.dtype
     back = layout.unflatten(flat)
-    assert list(back) == ["w", "scalar", "b"] and layout.size == 9
+    assert list(back) == ["w", "scalar", "b"]
+    assert layout.size == 9
     assert all(torch.equal(back[name], given[name]) for name in given)
 
 

@@ -53,7 +53,9 @@ def test_blocks_of_a_large_problem_are_folded_and_agree_with_single_products(dty
     folded = []
     for name in ("fold_right", "fold_left"):
         original = getattr(folding, name)
-        monkeypatch.setattr(folding, name, lambda a, b, name=name, original=original: (folded.append(name), original(a, b))[1])
+        monkeypatch.setattr(
+            folding, name, lambda a, b, name=name, original=original: (folded.append(name), original(a, b))[1]
+        )
     block = at.yy(V)
     torch.testing.assert_close(block, singles)
     torch.testing.assert_close(at.xy(V), torch.stack([at.xy(v) for v in V.unbind(1)], dim=1))

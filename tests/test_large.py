@@ -27,7 +27,9 @@ def smooth_problem(dtype: torch.dtype = torch.float64) -> tb.BilevelProblem:
     def g(x, y):
         return (x.exp().sum() + 1) * y.square().sum() + (B @ x * y).sin().sum() + torch.logsumexp(y, 0)
 
-    return tb.BilevelProblem.from_functions(f, g, torch.linspace(-0.5, 0.5, 4, dtype=dtype), torch.zeros(6, dtype=dtype))
+    return tb.BilevelProblem.from_functions(
+        f, g, torch.linspace(-0.5, 0.5, 4, dtype=dtype), torch.zeros(6, dtype=dtype)
+    )
 
 
 def test_bases_of_long_vectors_take_a_gigabyte() -> None:
@@ -58,7 +60,8 @@ def test_reorthogonalised_cg_keeps_what_fits(preconditioned: bool, monkeypatch: 
     monkeypatch.setattr(module, "HISTORY_BYTES", 40 * 200 * 4 * (2 if preconditioned else 1))
     held.clear()
     bounded = cg(A, b, **options)
-    assert free.ok and bounded.ok
+    assert free.ok
+    assert bounded.ok
     assert most[0] > 40 >= max(count for count, _ in held)
     assert max(rows for _, rows in held) == 40
     torch.testing.assert_close(bounded.x, b / A.diagonal(), rtol=1e-3, atol=1e-5)

@@ -73,9 +73,11 @@ def test_float32_below_its_rounding_stalls_and_says_so():
 def test_result_history_and_users_tensors():
     problem = nonconvex().problem()
     result = tb.minimize(problem, "lfsba")
-    assert torch.equal(problem.x, result.x) and torch.equal(problem.y, result.y)
+    assert torch.equal(problem.x, result.x)
+    assert torch.equal(problem.y, result.y)
     assert [report.step for report in result.history] == list(range(len(result.history)))
-    assert result.history[-1].value == result.value and result.history[-1].gradient_norm == result.gradient_norm
+    assert result.history[-1].value == result.value
+    assert result.history[-1].gradient_norm == result.gradient_norm
     for before, after in zip(result.history, result.history[1:]):
         earlier, later = before.counts.as_dict(), after.counts.as_dict()
         assert all(later[name] >= earlier[name] for name in earlier)
@@ -83,7 +85,8 @@ def test_result_history_and_users_tensors():
     names = {"upper_gradients", "lower_gradients", "upper_products", "lower_products", "solves", "factorisations",
              "hessians"}  # fmt: skip
     assert names <= set(result.counts.as_dict())
-    assert "lfsba" in str(result) and str(result.counts.hessians) in str(result)
+    assert "lfsba" in str(result)
+    assert str(result.counts.hessians) in str(result)
     reference = nonconvex().reference
     torch.testing.assert_close(result.y, reference.solution(result.x), rtol=1e-6, atol=1e-6)  # the surrogate's bias
 
@@ -91,7 +94,8 @@ def test_result_history_and_users_tensors():
 @pytest.mark.parametrize("method", METHODS)
 def test_two_runs_with_one_seed_are_equal(method):
     runs = [tb.minimize(saddle().problem(), method, hessian="krylov", seed=3) for _ in range(2)]
-    assert torch.equal(runs[0].x, runs[1].x) and torch.equal(runs[0].y, runs[1].y)
+    assert torch.equal(runs[0].x, runs[1].x)
+    assert torch.equal(runs[0].y, runs[1].y)
     assert [r.value for r in runs[0].history] == [r.value for r in runs[1].history]
     assert runs[0].counts == runs[1].counts
 
@@ -113,19 +117,23 @@ def test_callback_extras_and_stop():
         return {"test_error": 0.5 * report.step}
 
     result = tb.minimize(nonconvex().problem(), "fsba", callback=callback)
-    assert result.status is tb.Status.CALLBACK and not result.status.converged
+    assert result.status is tb.Status.CALLBACK
+    assert not result.status.converged
     assert [step for step, _, _ in seen] == [0, 1, 2]
     assert [report.extra.get("test_error") for report in result.history] == [0.0, 0.5, None]
     assert result.history[1].as_dict()["test_error"] == 0.5
-    assert torch.equal(seen[-1][1], result.x) and seen[0][2].shape == (8,)
+    assert torch.equal(seen[-1][1], result.x)
+    assert seen[0][2].shape == (8,)
 
 
 def test_limits():
     assert tb.minimize(nonconvex().problem(), max_steps=0).status is tb.Status.MAX_STEPS
     result = tb.minimize(nonconvex().problem(), max_steps=3)
-    assert result.status is tb.Status.MAX_STEPS and result.history[-1].step == 3
+    assert result.status is tb.Status.MAX_STEPS
+    assert result.history[-1].step == 3
     result = tb.minimize(nonconvex().problem(), max_seconds=0.0)
-    assert result.status is tb.Status.MAX_SECONDS and result.history[-1].step == 0
+    assert result.status is tb.Status.MAX_SECONDS
+    assert result.history[-1].step == 0
 
 
 # -- errors --------------------------------------------------------------------------------------------------------
@@ -220,8 +228,10 @@ def test_data_with_nan(method, level):
     with pytest.raises(NonFiniteError) as caught:
         tb.minimize(spoilt, method)
     result = caught.value.result
-    assert result.status is tb.Status.NON_FINITE and "step 0" in str(caught.value)
-    assert torch.equal(result.x, before[0]) and torch.equal(problem.x, before[0])
+    assert result.status is tb.Status.NON_FINITE
+    assert "step 0" in str(caught.value)
+    assert torch.equal(result.x, before[0])
+    assert torch.equal(problem.x, before[0])
     assert bool(torch.isfinite(problem.y).all())
 
 
@@ -247,10 +257,12 @@ def test_nan_at_a_trial_point_ends_a_fixed_run_at_its_last_good_point():
     problem = _with_nan_beyond(1.5)
     with pytest.raises(NonFiniteError) as caught:
         tb.minimize(problem, "dlcrn", cubic_reg=1e-6, adaptive=False)
-    assert "last good point" in str(caught.value) and "step 0" in str(caught.value)
+    assert "last good point" in str(caught.value)
+    assert "step 0" in str(caught.value)
     result = caught.value.result
     assert float(result.x) == 0.05 == float(problem.x)
-    assert len(result.history) == 1 and math.isfinite(result.value)
+    assert len(result.history) == 1
+    assert math.isfinite(result.value)
 
 
 def test_keyboard_interrupt_keeps_the_point():
@@ -365,7 +377,8 @@ def test_hard_kill_and_resume(tmp_path):
 def test_resume_without_a_file_starts(tmp_path):
     path = tmp_path / "run.pt"
     result = tb.minimize(one_by_one().problem(), checkpoint=path, resume=True)
-    assert result.status is tb.Status.SECOND_ORDER and path.exists()
+    assert result.status is tb.Status.SECOND_ORDER
+    assert path.exists()
     again = tb.minimize(one_by_one().problem(), checkpoint=path, resume=True)  # a finished run stays finished
     _same_run(result, again)
 

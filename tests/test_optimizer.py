@@ -69,7 +69,8 @@ def test_every_kind_of_hyper_goes_the_same_way():
         assert reports[-1].gradient_norm < 1e-4 < reports[0].gradient_norm
         assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6, 7]
         ends.append(value_of(hyper).detach().clone())
-    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
     # the same minimum as minimize finds, and the learner trained with it
     problem = make("tensor")[0].problem.at(TRAIN, VALID)
     result = tb.minimize(problem, "lfsba")
@@ -80,8 +81,12 @@ def test_every_kind_of_hyper_goes_the_same_way():
 def test_fields_of_a_report():
     opt, _, _ = make()
     report = opt.step(TRAIN, VALID)
-    assert report.accepted and report.step_norm > 0 and report.cubic_reg > 0 and report.counts.hessians == 1
-    assert math.isfinite(report.value) and math.isfinite(report.gradient_norm)
+    assert report.accepted
+    assert report.step_norm > 0
+    assert report.cubic_reg > 0
+    assert report.counts.hessians == 1
+    assert math.isfinite(report.value)
+    assert math.isfinite(report.gradient_norm)
     assert opt.step().counts.hessians >= 1  # without arguments: the data of before
 
 
@@ -153,7 +158,8 @@ def test_write_learner():
     opt, learner, _ = make(write_learner=False)
     before = learner.weight.detach().clone()
     report = opt.step(TRAIN, VALID)
-    assert torch.equal(learner.weight, before) and report.accepted
+    assert torch.equal(learner.weight, before)
+    assert report.accepted
     other, learner, _ = make(write_learner=False)
     with torch.no_grad():
         learner.weight.add_(1.0)
@@ -175,7 +181,8 @@ def test_external_learner_is_the_users_alone(method):
             if ours:
                 before = learner.weight.detach().clone(), learner.weight.grad.clone()
                 opt.step(TRAIN, VALID)
-                assert torch.equal(learner.weight, before[0]) and torch.equal(learner.weight.grad, before[1])
+                assert torch.equal(learner.weight, before[0])
+                assert torch.equal(learner.weight.grad, before[1])
         return learner, adam, hyper
 
     with_us, without = train(6, True), train(6, False)
@@ -199,7 +206,8 @@ def test_external_learner_and_hyper_improve_together():
     phi = tb.ImplicitOracle(opt.problem.at(TRAIN, VALID))
     best = tb.minimize(make()[0].problem.at(TRAIN, VALID), "dlcrn").value
     last = phi.evaluate(hyper.clone()).value.item()
-    assert last < first and last - best < 0.05 * (first - best)
+    assert last < first
+    assert last - best < 0.05 * (first - best)
 
 
 # -- data that change ----------------------------------------------------------------------------------------------
@@ -265,7 +273,8 @@ def test_a_hyper_changed_by_the_user_is_noticed():
     moved, expected = opt.step(TRAIN, VALID), fresh.step(TRAIN, VALID)
     assert moved.accepted
     before = tb.PenaltyOracle(fresh.problem).evaluate(torch.full((D,), 0.7, dtype=torch.float64)).value
-    assert moved.value < float(before) and expected.value < float(before)
+    assert moved.value < float(before)
+    assert expected.value < float(before)
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -347,7 +356,8 @@ def test_state_before_the_first_step_and_twice_saved():
     final.load_state_dict(again.state_dict())  # saved again before any step
     for o in (opt, final):
         o.step(TRAIN, VALID)
-    assert torch.equal(hyper, fourth) and not torch.equal(third, fourth)
+    assert torch.equal(hyper, fourth)
+    assert not torch.equal(third, fourth)
 
 
 def test_states_that_do_not_fit():

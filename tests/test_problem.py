@@ -79,16 +79,23 @@ def test_x_y_and_write_round_trip(data):
     weight, a = learner.weight, hyper["a"]
     x, y = torch.arange(7, dtype=D), torch.arange(8, dtype=D)
     problem.write(x, y)
-    assert torch.equal(problem.x, x) and torch.equal(problem.y, y)
-    assert learner.weight is weight and hyper["a"] is a  # in place
-    assert hyper["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and hyper["b"] == 6
-    assert learner.weight.tolist() == [[0, 1, 2], [3, 4, 5]] and learner.bias.tolist() == [6, 7]
+    assert torch.equal(problem.x, x)
+    assert torch.equal(problem.y, y)
+    assert learner.weight is weight
+    assert hyper["a"] is a
+    assert hyper["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert hyper["b"] == 6
+    assert learner.weight.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert learner.bias.tolist() == [6, 7]
     problem.x.zero_(), problem.y.zero_()  # copies
-    assert torch.equal(problem.x, x) and torch.equal(problem.y, y)
+    assert torch.equal(problem.x, x)
+    assert torch.equal(problem.y, y)
     problem.write(y=torch.zeros(8, dtype=D))
-    assert torch.equal(problem.x, x) and not problem.y.any()
+    assert torch.equal(problem.x, x)
+    assert not problem.y.any()
     named = problem.hyperparameters(x)
-    assert named["a"].shape == (2, 3) and named["b"].shape == ()
+    assert named["a"].shape == (2, 3)
+    assert named["b"].shape == ()
     assert list(problem.learner_parameters(y)) == ["weight", "bias"]
     for bad in ({"x": y}, {"y": x}, {"x": x.float()}):
         with pytest.raises(tb.ShapeError, match="write: expected"):
@@ -101,7 +108,9 @@ def test_an_evaluation_touches_nothing_of_the_users(data):
     before = [p.detach().clone() for p in (*learner.parameters(), hyper)]
     tb.ImplicitOracle(problem).evaluate().hessian.to_dense()
     for tensor, old in zip((*learner.parameters(), hyper), before):
-        assert torch.equal(tensor, old) and tensor.grad is None and tensor.requires_grad
+        assert torch.equal(tensor, old)
+        assert tensor.grad is None
+        assert tensor.requires_grad
 
 
 def test_tied_weights_count_once(data):
@@ -144,7 +153,8 @@ def test_frozen_parameters_are_constants(data):
     learner[0].requires_grad_(False)
     problem = tb.BilevelProblem(learner, torch.zeros(2, 3, dtype=D), lambda m, h, b: mse(m, h, b)
                                 + (h.exp() * m[2].weight ** 2).sum(), mse, data, data)  # fmt: skip
-    assert problem.dy == 8 and problem.y_layout.names == ("2.weight", "2.bias")
+    assert problem.dy == 8
+    assert problem.y_layout.names == ("2.weight", "2.bias")
     frozen = learner[0].weight.clone()
     tb.minimize(problem, method="dlcrn", max_steps=1)
     assert torch.equal(learner[0].weight, frozen)
@@ -175,7 +185,8 @@ def test_batch_norm_statistics_are_left_alone(training, data):
     ev.hessian.to_dense()
     for name, buffer in learner.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
-    assert learner.training == training and learner.norm.training == training
+    assert learner.training == training
+    assert learner.norm.training == training
     features = X
     if training:
         normed = (features - features.mean(0)) / torch.sqrt(features.var(0, unbiased=False) + 1e-5)
@@ -199,7 +210,8 @@ def test_hyper_module_buffers_and_frozen_parts_are_constants(data):
             return self.free * self.held + self.offset
 
     problem = tb.BilevelProblem(linear(), Hyper(), lambda m, h, b: ridge(m, h(), b), mse, data, data)
-    assert problem.dx == 6 and problem.x_layout.names == ("free",)
+    assert problem.dx == 6
+    assert problem.x_layout.names == ("free",)
     expected = ridge(problem.learner, problem.hyper(), data).detach()
     torch.testing.assert_close(numbers(problem)[0], expected)
 
@@ -307,7 +319,8 @@ def test_at_is_the_same_problem_on_other_data(data):
     torch.testing.assert_close(numbers(problem, "upper")[0], mse(learner, None, data).detach())
     assert torch.equal(numbers(other)[0], numbers(problem)[0])
     other.write(x=torch.ones(6, dtype=D))
-    assert (problem.x == 1).all() and (hyper == 1).all()  # the same user tensors
+    assert (problem.x == 1).all()
+    assert (hyper == 1).all()
 
 
 class Chunks:
@@ -336,7 +349,8 @@ def test_a_loader_of_chunks_is_the_full_batch(reduction, loss, data):
     learner, hyper = linear(), torch.linspace(-1, 0, 6, dtype=D).view(2, 3)
     whole = tb.BilevelProblem(learner, hyper, loss, mse, data, data)
     chunked = tb.BilevelProblem(learner, hyper, loss, mse, uneven(X, t), data, reduction=reduction)
-    assert not chunked.is_single_piece("lower") and chunked.is_single_piece("upper")
+    assert not chunked.is_single_piece("lower")
+    assert chunked.is_single_piece("upper")
     for a, b in zip(numbers(chunked), numbers(whole)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     v = torch.linspace(1, 2, 8, dtype=D)
@@ -479,7 +493,8 @@ def test_from_functions():
     )
     assert (problem.dx, problem.dy, problem.learner, problem.hyper) == (2, 3, None, None)
     problem.write(x=torch.full((2,), 3.0, dtype=D))
-    assert (problem.x == 3).all() and (x0 == 1).all()
+    assert (problem.x == 3).all()
+    assert (x0 == 1).all()
     assert float(tb.ImplicitOracle(problem).evaluate().value) == pytest.approx(3 * 36 + 3)
 
 

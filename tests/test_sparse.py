@@ -38,7 +38,12 @@ def test_products_keep_dtype_and_agree_with_dense(dtype: torch.dtype) -> None:
     X = tb.SparseMatrix(D)
     W = torch.randn(7, 4, dtype=dtype)
     assert (X.shape, X.dtype, X.device, X.nnz, len(X)) == ((15, 7), dtype, D.device, int((D != 0).sum()), 15)
-    for product, expected in ((X @ W, D @ W), (X @ W[:, 1], D @ W[:, 1]), (X.T @ D, D.T @ D), (X @ W.T.clone().T, D @ W)):
+    for product, expected in (
+        (X @ W, D @ W),
+        (X @ W[:, 1], D @ W[:, 1]),
+        (X.T @ D, D.T @ D),
+        (X @ W.T.clone().T, D @ W),
+    ):
         assert product.dtype == dtype
         torch.testing.assert_close(product, expected)
     assert torch.equal(X.to_dense(), D)
@@ -46,7 +51,9 @@ def test_products_keep_dtype_and_agree_with_dense(dtype: torch.dtype) -> None:
     assert X.T.T is X
 
 
-@pytest.mark.parametrize("derivative", [grad, hessian, lambda f: jacrev(hessian(f)), lambda f: jacfwd(jacrev(jacrev(f)))])
+@pytest.mark.parametrize(
+    "derivative", [grad, hessian, lambda f: jacrev(hessian(f)), lambda f: jacfwd(jacrev(jacrev(f)))]
+)
 def test_derivatives_to_third_order_agree_with_dense(derivative) -> None:
     D = dense()
     W = torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -64,7 +71,9 @@ def test_vmap_is_one_product_of_blocks(dtype: torch.dtype, in_dim: int) -> None:
     torch.testing.assert_close(
         vmap(grad(lambda w: (X @ w).pow(3).sum()))(D), vmap(grad(lambda w: (D @ w).pow(3).sum()))(D))  # fmt: skip
     W = block.movedim(in_dim, 0)[0]  # the matrix of all columns constant, another argument batched
-    torch.testing.assert_close(vmap(lambda a: a * (X @ W))(torch.arange(2.0, dtype=dtype)), torch.stack([0 * (D @ W), D @ W]))
+    torch.testing.assert_close(
+        vmap(lambda a: a * (X @ W))(torch.arange(2.0, dtype=dtype)), torch.stack([0 * (D @ W), D @ W])
+    )
 
 
 def test_linear_layers_take_it() -> None:
@@ -88,7 +97,11 @@ def sources():
     D = dense()
     repeated = scipy.coo_matrix(([1.0, 2.0], ([0, 0], [1, 1])), shape=(15, 7))
     yield from ((D.numpy(), D), (D.to_sparse(), D), (D.to_sparse_csc(), D), (scipy.csr_matrix(D.numpy()), D))
-    yield from ((scipy.csc_array(D.numpy()), D), (repeated, torch.from_numpy(repeated.toarray())), (tb.SparseMatrix(D), D))
+    yield from (
+        (scipy.csc_array(D.numpy()), D),
+        (repeated, torch.from_numpy(repeated.toarray())),
+        (tb.SparseMatrix(D), D),
+    )
 
 
 def test_made_from_scipy_torch_and_numpy() -> None:

@@ -87,7 +87,8 @@ def certify(
         cubic_reg: M for delta = sqrt(M eps); default: estimated as |hess phi(x + h u) u - hess phi(x) u| / h along
             the bottom eigenvector u (one more evaluation).
         tol: of the eigenvalue, relative to |hess phi|.
-        oracle: options of the exact oracle (lower=..., damping=...): ImplicitOracle, for a MinimaxProblem MinimaxOracle.
+        oracle: options of the exact oracle (lower=..., damping=...): ImplicitOracle, for a MinimaxProblem
+            MinimaxOracle.
 
     Raises: as the exact oracle's ``evaluate``.
 

@@ -7,8 +7,9 @@ A recorded graph is asked only for the block it is needed for: a product with h_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,8 +135,8 @@ class Linearisation:
 
     Attributes:
         value (), gx (dx,) or None, gy (dy,) or None.
-        factor, prepared: what ``LowerSystems`` knows of this point: the factor of h_yy here, or None, and whether it was
-            decided that one be made for many solves.
+        factor, prepared: what ``LowerSystems`` knows of this point: the factor of h_yy here, or None, and whether it
+            was decided that one be made for many solves.
     """
 
     def __init__(self, objective: Objective, x: Tensor, y: Tensor, wrt: str = "xy"):

@@ -6,9 +6,9 @@ PyTorch has wrong was measured against finite differences in float64 (torch 2.6 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 import torch.utils.checkpoint

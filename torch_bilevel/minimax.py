@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,8 @@ class MinimaxProblem(BilevelProblem):
     Args:
         min_player, max_player: an nn.Module (its trainable parameters), a dict of tensors, or one tensor. The loss gets
             objects of the same kinds.
-        loss: ``loss(min_player, max_player, batch) -> scalar tensor``, the f that one minimises and the other maximises.
+        loss: ``loss(min_player, max_player, batch) -> scalar tensor``, the f that one minimises and the other
+            maximises.
         batch: a tree of tensors or a re-iterable loader, as for BilevelProblem; ``()`` for a loss that needs no data.
         reduction, seed, check: see BilevelProblem.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC
-from typing import Any, Callable, Mapping, final
+from collections.abc import Callable, Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -293,7 +294,8 @@ class MinimaxOptimizer(_ProblemOptimizer):
             StepReport: value (P(x); f(x, y) for 'gda'), gradient_norm, step_norm, accepted, cubic_reg, counts, ...
 
         Raises:
-            ProblemError: no data. NonFiniteError, NotStronglyConvexError (f not strongly concave in y), SolverError: the
+            ProblemError: no data. NonFiniteError, NotStronglyConvexError (f not strongly concave in y), SolverError:
+                the
             min player keeps its last good values.
         """
         return self._step(batch)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class BilevelProblem:
             object of the same kind.
         lower_loss, upper_loss: ``loss(learner, hyper, batch) -> scalar tensor``, written with ordinary module calls.
         lower_batch, upper_batch: any tree of tensors and ``SparseMatrix`` (moved to the problem's device), or a
-            re-iterable loader that yields such trees: then the objective is the sum over all its chunks, computed chunk by chunk.
+            re-iterable loader that yields such trees: then the objective is the sum over all its chunks, computed chunk
+            by chunk.
         reduction: for loaders. 'mean' (default) weights each chunk by its share of the samples, which gives the
             full-batch loss of a loss that averages; 'sum' adds the chunks' losses, for a loss that sums.
         seed: fixes the random numbers of every evaluation (dropout masks), so that the losses are functions.

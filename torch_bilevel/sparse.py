@@ -13,6 +13,7 @@ from .errors import ProblemError, ShapeError
 
 _FLOATS = (torch.float32, torch.float64)
 
+
 @final
 class SparseMatrix:
     """A constant sparse matrix (n, d), say token counts, to be put in a batch in the place of a dense one.
@@ -95,7 +96,9 @@ class SparseMatrix:
         crow, col, values = self._parts[:3]
         index = index.to(self.device)
         if index.dim() != 1 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.shape[0]):
-            raise ShapeError(f"rows: expected a flat index within 0..{self.shape[0] - 1}, got shape {tuple(index.shape)}")
+            raise ShapeError(
+                f"rows: expected a flat index within 0..{self.shape[0] - 1}, got shape {tuple(index.shape)}"
+            )
         lengths = crow[index + 1] - crow[index]
         ends = lengths.cumsum(0)
         within = torch.arange(int(lengths.sum()), device=self.device) - (ends - lengths).repeat_interleave(lengths)

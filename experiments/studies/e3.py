@@ -62,8 +62,8 @@ def run_one(
 ) -> dict[str, Any]:  # fmt: skip
     """Runs of `method` with each of `settings`, CPU `seconds` each: {"runs", "records": as of follow_cpu, "best": index}.
 
-    Best is the lowest validation CE of the learner held within the budget, which is what all minimise. A record has val,
-    val_accuracy, test, test_accuracy of that learner.
+    Best is the lowest validation CE of the learner held within the budget, which is what all minimise. A record has
+    val, val_accuracy, test, test_accuracy of that learner.
     """
     data = _data(data_dir, seed, features, limit)
 
@@ -118,7 +118,9 @@ def compare(quick: bool, results: Results) -> list[Task]:
         method, options = tuned(label, results)
         tasks.append(_task(f"long-{file_name(label)}-seed0", method, [options], LONG_SECONDS, 0, quick))
     for label, (method, options) in () if quick else PUBLISHED.items():
-        tasks.append(_task(f"published-{file_name(label)}-seed0", method, [options], SECONDS, 0, quick, max_steps=OUTER))
+        tasks.append(
+            _task(f"published-{file_name(label)}-seed0", method, [options], SECONDS, 0, quick, max_steps=OUTER)
+        )
     return tasks
 
 
@@ -165,7 +167,10 @@ def report(results: Results, figures_dir: Path, quick: bool) -> str:
     if rows:
         parts += [f"### Tuned settings, {LONG_SECONDS:g} CPU seconds, seed 0", markdown(HEADER, rows)]
     rows = [[label, f"`{tuned(label, results)[0]}`", f"`{tuned(label, results)[1]}`"] for label in compared]
-    parts += ["### Settings chosen from three each, on a split of their own", markdown(["method", "name", "options"], rows)]
+    parts += [
+        "### Settings chosen from three each, on a split of their own",
+        markdown(["method", "name", "options"], rows),
+    ]
     curves = {label: [record for record in runs[0]["records"] if (record["val"] or DIVERGED) < DIVERGED]
               for label, runs in (compared | longer).items() if runs}  # fmt: skip
     name = figures.curves(

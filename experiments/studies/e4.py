@@ -28,7 +28,8 @@ GRIDS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "F2BA": ("f2ba", [{"lower_steps": 20, **upper} for upper in _UPPER]),
     "Adam, exact hypergradients": ("adam", [{"lr": lr, "lower_tol": 1e-3, "linear_tol": 1e-3} for lr in (1e-3, 3e-3, 1e-2)]),
 }  # fmt: skip
-#: not tuned: no setting finishes a step within the seconds of a tuning run. Ours: lazy over meta-batches, and no quadrature
+#: not tuned: no setting finishes a step within the seconds of a tuning run. Ours: lazy over meta-batches, and no
+#: quadrature
 SECOND_ORDER: dict[str, tuple[str, dict[str, Any]]] = {
     "IFSBA": ("ifsba", {**_IFSBA, "cubic_reg": 2.0}),
     "ifsba (ours)": ("ifsba", {"hessian_tol": 0.3, "lower_tol": 1e-2, "linear_tol": 1e-2, "penalty": 10.0,
@@ -121,7 +122,9 @@ def report(results: Results, figures_dir: Path, quick: bool) -> str:
     parts.append(f"The untrained backbone: {untrained} %.")
     for seconds in (QUICK_SECONDS,) if quick else (SECONDS, LONG_SECONDS):
         parts += [f"### Second order, seed 0, after {seconds:g} CPU seconds", markdown(HEADER, _rows(long, seconds))]
-    rows = [[label, f"`{(GRIDS | SECOND_ORDER)[label][0]}`", f"`{chosen(label, results)}`"] for label in {**runs, **long}]
+    rows = [
+        [label, f"`{(GRIDS | SECOND_ORDER)[label][0]}`", f"`{chosen(label, results)}`"] for label in {**runs, **long}
+    ]
     parts += ["### Settings: first order chosen from three each, on a seed of their own; second order as given",
               markdown(["method", "name", "options"], rows)]  # fmt: skip
     curves = {label: found[0]["records"] for label, found in runs.items()}

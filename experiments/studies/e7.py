@@ -112,7 +112,9 @@ def _weights_by_corruption(x: Any, rates: tuple[float, ...]) -> dict[str, float]
     return {str(rate): sum(w for w, r in zip(weights, rates) if r == rate) for rate in sorted(set(rates))}
 
 
-def _task(name: str, problem: dict[str, Any], method: str, number: int, options: dict[str, Any], seed: int, quick: bool) -> Task:
+def _task(
+    name: str, problem: dict[str, Any], method: str, number: int, options: dict[str, Any], seed: int, quick: bool
+) -> Task:
     budget = trainings(method, quick)
     arguments = {"problem": problem, "method": method, "options": options, "budget": budget, "seed": seed}
     stage = f"tune{number}" if seed == TUNING_SEED else f"seed{seed}"
@@ -129,7 +131,9 @@ def tune(quick: bool, results: Results) -> list[Task]:
         for method in METHODS:
             grid = settings(method, size(problem))[: 2 if quick else None]
             if len(grid) > 1:
-                tasks += [_task(name, problem, method, i, options, TUNING_SEED, quick) for i, options in enumerate(grid)]
+                tasks += [
+                    _task(name, problem, method, i, options, TUNING_SEED, quick) for i, options in enumerate(grid)
+                ]
     return tasks
 
 
@@ -152,7 +156,9 @@ def compare(quick: bool, results: Results) -> list[Task]:
         dx = size(problem)
         for method in METHODS:
             options = best_setting(name, method, dx, results)
-            tasks += [_task(name, problem, method, 0, options, seed, quick) for seed in (QUICK_SEEDS if quick else SEEDS)]
+            tasks += [
+                _task(name, problem, method, 0, options, seed, quick) for seed in (QUICK_SEEDS if quick else SEEDS)
+            ]
     return tasks
 
 

@@ -10,7 +10,14 @@ from experiments.studies import e7
 from experiments.studies.base import Results
 from experiments.studies.tables import markdown, number, quartiles
 
-LABELS = {"auto": "auto", "lfsba": "LFSBA", "lbfgs": "L-BFGS", "adam": "Adam", "tpe": "TPE", "random_search": "random search"}
+LABELS = {
+    "auto": "auto",
+    "lfsba": "LFSBA",
+    "lbfgs": "L-BFGS",
+    "adam": "Adam",
+    "tpe": "TPE",
+    "random_search": "random search",
+}
 #: shares of what L-BFGS gains within its trainings
 SHARES = (0.9, 0.99)
 
@@ -139,26 +146,35 @@ ABOUT = f"""## What was run
 
 Two searches of daily practice, each minimised over the same hyperparameters by gradients and by search:
 
-- **l2_N**: logistic regression, `mean BCE(train) + sum_j exp(x_group(j)) w_j^2 + 1e-4 b^2`, one L2 weight for each of N groups of features, validated by
-  mean BCE. 20 Newsgroups, rec.* against sci.*, log(1 + count) of the 200 most frequent tokens, rows of length 1, 300 training and
-  300 validation documents, the official test set. The groups are neighbours in frequency. x starts at -5; bounds -12 .. 2.
-- **mixture_N**: softmax regression on N sources, `sum_k softmax(x)_k mean CE(source k) + 0.01 |w|^2`, validated by mean CE on 300 clean
-  samples. Fashion-MNIST averaged to 7 x 7, 30 samples a source; a quarter of the sources has all labels wrong (shifted by 1..9), a quarter half
-  of them. x starts at 0 (all alike); bounds -5 .. 5.
+- **l2_N**: logistic regression, `mean BCE(train) + sum_j exp(x_group(j)) w_j^2 + 1e-4 b^2`, one L2 weight for each of N
+groups of features, validated by
+  mean BCE. 20 Newsgroups, rec.* against sci.*, log(1 + count) of the 200 most frequent tokens, rows of length 1, 300
+  training and 300 validation documents, the official test set. The groups are neighbours in frequency. x starts at -5;
+  bounds -12 .. 2.
+- **mixture_N**: softmax regression on N sources, `sum_k softmax(x)_k mean CE(source k) + 0.01 |w|^2`, validated by mean
+CE on 300 clean
+  samples. Fashion-MNIST averaged to 7 x 7, 30 samples a source; a quarter of the sources has all labels wrong (shifted
+  by 1..9), a quarter half of them. x starts at 0 (all alike); bounds -5 .. 5.
 
-Float64, dx = N; dy = 201 and 500. `auto` and LFSBA have all defaults; L-BFGS and Adam use exact hypergradients; TPE is Optuna's. All train the
-learner by the library's Newton-CG to a relative error of 1e-10, warm-started at the learner trained last. **Trainings** are counted by the library (`counts.lower_solves`): one
-for each value, with or without gradient, line searches included. Methods with gradients have {e7.GRADIENT_TRAININGS}, searches {e7.SEARCH_TRAININGS}.
+Float64, dx = N; dy = 201 and 500. `auto` and LFSBA have all defaults; L-BFGS and Adam use exact hypergradients; TPE is
+Optuna's. All train the learner by the library's Newton-CG to a relative error of 1e-10, warm-started at the learner
+trained last. **Trainings** are counted by the library (`counts.lower_solves`): one for each value, with or without
+gradient, line searches included. Methods with gradients have {e7.GRADIENT_TRAININGS}, searches {e7.SEARCH_TRAININGS}.
 What a training does not contain, and oracle calls and seconds do: the adjoint system of a gradient, the
-products of a Hessian, and LFSBA's second lower level beside the first (found by Newton steps from it, not counted as a training). A seed draws the split,
-the label noise and the search. Everything is reported for the best point found so far. Medians (quartiles) over the seeds."""
+products of a Hessian, and LFSBA's second lower level beside the first (found by Newton steps from it, not counted as a
+training). A seed draws the split, the label noise and the search. Everything is reported for the best point found so
+far. Medians (quartiles) over the
+seeds."""
 
-REACHING = f"""Trainings until the validation loss has fallen by 90 % and 99 % of what L-BFGS gains in {e7.GRADIENT_TRAININGS} trainings on the same seed. "2 of 5": so
+REACHING = f"""Trainings until the validation loss has fallen by 90 % and 99 % of what L-BFGS gains in
+{e7.GRADIENT_TRAININGS} trainings on the same seed. "2 of 5": so
 many seeds got there within the method's trainings."""
 
-VALUES = """"certified": runs that ended by themselves at a point with gradient below 1e-6 and no negative curvature (only second-order methods look)."""
+VALUES = """"certified": runs that ended by themselves at a point with gradient below 1e-6 and no negative curvature
+(only second-order methods look)."""
 
 WEIGHTS = """Per cent of the mixture, by the share of wrong labels in a source, at the end of the run."""
 
-TUNING = f"""Every method but `auto` and LFSBA, which were not tuned, has three settings, tried with all its trainings on a seed of its own ({e7.TUNING_SEED}); the lowest validation
+TUNING = f"""Every method but `auto` and LFSBA, which were not tuned, has three settings, tried with all its trainings
+on a seed of its own ({e7.TUNING_SEED}); the lowest validation
 loss chooses. `box` scales the searched box about its centre."""

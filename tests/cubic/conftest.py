@@ -17,12 +17,16 @@ class CountingOperator:
         self.H, self.n, self.dtype, self.device, self.count = H, H.shape[0], H.dtype, H.device, 0
 
     def matvec(self, v: Tensor) -> Tensor:
-        assert v.shape == (self.n,) and v.dtype == self.dtype and v.device == self.device
+        assert v.shape == (self.n,)
+        assert v.dtype == self.dtype
+        assert v.device == self.device
         self.count += 1
         return self.H * v if self.H.ndim == 1 else self.H @ v
 
     def matmat(self, V: Tensor) -> Tensor:
-        assert V.shape[0] == self.n and V.dtype == self.dtype and V.device == self.device
+        assert V.shape[0] == self.n
+        assert V.dtype == self.dtype
+        assert V.device == self.device
         self.count += V.shape[1]
         return self.H[:, None] * V if self.H.ndim == 1 else self.H @ V
 

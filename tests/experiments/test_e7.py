@@ -22,16 +22,19 @@ def test_a_run_keeps_to_its_trainings(method):
     """At most one step, of a line search for L-BFGS, begins within them and ends beyond."""
     options = e7.settings(method, 4)[0]
     run = e7.run_one(TINY, method, options, 7, 0)
-    assert run["dx"] == 4 and run["dy"] == 65
+    assert run["dx"] == 4
+    assert run["dy"] == 65
     trainings = [record["trainings"] for record in run["records"]]
-    assert trainings[0] == 1 and trainings == sorted(trainings)
+    assert trainings[0] == 1
+    assert trainings == sorted(trainings)
     if method in ("lbfgs", "auto"):
         assert 7 <= run["counts"]["lower_solves"] <= 7 + 25
     else:
         assert run["counts"]["lower_solves"] == 7
     values = [record["value"] for record in run["records"]]
     assert all(b < a for a, b in zip(values, values[1:-1]))  # the last record says where the run ended
-    assert min(values) < values[0] and 0.4 < run["records"][-1]["accuracy"] <= 1
+    assert min(values) < values[0]
+    assert 0.4 < run["records"][-1]["accuracy"] <= 1
 
 
 def test_box_scales_the_search_about_its_centre():
@@ -56,7 +59,8 @@ def test_stages_tune_on_one_seed_and_compare_on_others():
     assert {task.arguments["seed"] for task in tuning} == {e7.TUNING_SEED}
     assert len(tuning) == 3 * 4 * len(e7.PROBLEMS)
     comparison = e7.compare(False, {})
-    assert {task.arguments["seed"] for task in comparison} == set(e7.SEEDS) and e7.TUNING_SEED not in e7.SEEDS
+    assert {task.arguments["seed"] for task in comparison} == set(e7.SEEDS)
+    assert e7.TUNING_SEED not in e7.SEEDS
     assert len(comparison) == len(e7.SEEDS) * len(e7.METHODS) * len(e7.PROBLEMS)
     keys = [task.key for task in tuning + comparison]
     assert len(set(keys)) == len(keys)
@@ -64,11 +68,16 @@ def test_stages_tune_on_one_seed_and_compare_on_others():
 
 def test_numbers_of_the_tables():
     def run(*points):
-        return {"records": [{"trainings": t, "oracle_calls": 10 * t, "value": v, "accuracy": v / 10} for t, v in points]}
+        return {
+            "records": [{"trainings": t, "oracle_calls": 10 * t, "value": v, "accuracy": v / 10} for t, v in points]
+        }
 
     one = run((1, 5.0), (3, 2.0), (4, 3.0), (60, 1.0))
-    assert best_within(one, 50) == 2.0 and best_within(one, 60) == 1.0 and best_within(one, 0) is None
+    assert best_within(one, 50) == 2.0
+    assert best_within(one, 60) == 1.0
+    assert best_within(one, 0) is None
     assert best_within(one, 4, key="accuracy") == 0.2
     assert first_at(one, 2.5, "oracle_calls", 50) == 30
-    assert first_at(one, 1.5, "trainings", 50) is None and first_at(one, 1.5, "trainings", 60) == 60
+    assert first_at(one, 1.5, "trainings", 50) is None
+    assert first_at(one, 1.5, "trainings", 60) == 60
     assert levels({"lbfgs": [one, {}]}, 0.9, quick=False) == [pytest.approx(5.0 - 0.9 * 3.0), None]

@@ -31,7 +31,9 @@ def toy_classes(count: int = 6, images: int = 24, size: int = 16, seed: int = 0)
     """Classes that differ in their mean image, in groups of one."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(count, 1, 1, size, size, generator=generator)
-    return Classes([m + 0.3 * torch.randn(images, 1, size, size, generator=generator) for m in means], list(range(count)))
+    return Classes(
+        [m + 0.3 * torch.randn(images, 1, size, size, generator=generator) for m in means], list(range(count))
+    )
 
 
 def test_class_folders_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -92,7 +94,9 @@ def test_episodes_hold_what_they_promise() -> None:
         classes = [int(support[episodes.support_labels[task] == way][0]) for way in range(3)]
         assert len({c // 2 for c in classes}) == 3  # never two classes of a group
         for way, c in enumerate(classes):
-            drawn = torch.cat([support[episodes.support_labels[task] == way], query[episodes.query_labels[task] == way]])
+            drawn = torch.cat(
+                [support[episodes.support_labels[task] == way], query[episodes.query_labels[task] == way]]
+            )
             assert sorted(torch.round(100 * (drawn - c)).int().tolist()) == list(range(9))  # each image once
     assert len({tuple(e.flatten().tolist()) for e in episodes.support}) > 1
     with pytest.raises(ConfigError, match="5-way.*there are 4"):
@@ -105,9 +109,13 @@ def test_heads_of_a_meta_batch_are_one_block_diagonal_problem() -> None:
     torch.manual_seed(0)
     backbone = Backbone(1, 16, width=4).double()
     episodes = sample(toy_classes(), 3, torch.Generator().manual_seed(1), queries=4)
-    episodes = few_shot.Episodes(*(part.double() if part.is_floating_point() else part for part in vars(episodes).values()))
+    episodes = few_shot.Episodes(
+        *(part.double() if part.is_floating_point() else part for part in vars(episodes).values())
+    )
     heads = few_shot.Heads(3, backbone.features).double()
-    problem = tb.BilevelProblem(heads, backbone, few_shot.head_loss(0.5), few_shot.query_loss, *few_shot.batches(episodes))
+    problem = tb.BilevelProblem(
+        heads, backbone, few_shot.head_loss(0.5), few_shot.query_loss, *few_shot.batches(episodes)
+    )
     together = tb.ImplicitOracle(problem).evaluate()
     alone = []
     for t in range(3):

@@ -52,8 +52,12 @@ def test_parts_are_disjoint_and_seeded():
         return [{tuple(row) for row in part.tolist()} for part in parts]
 
     train, val, test = rows(l2_groups(1, 0, **DIGITS))
-    assert len(train) == 60 and len(val) == 50 and len(test) == 1797 - 110
-    assert not train & val and not train & test and not val & test
+    assert len(train) == 60
+    assert len(val) == 50
+    assert len(test) == 1797 - 110
+    assert not train & val
+    assert not train & test
+    assert not val & test
     assert rows(l2_groups(1, 0, **DIGITS))[0] == train != rows(l2_groups(1, 1, **DIGITS))[0]
 
 
@@ -66,7 +70,8 @@ def test_newsgroups(data_dir: Path):
     norms = inputs.norm(dim=1)
     assert bool(((norms - 1).abs() < 1e-12).logical_or(norms == 0).all())
     share = practice.labels.double().mean()
-    assert len(practice.labels) > 3000 and 0.4 < float(share) < 0.6
+    assert len(practice.labels) > 3000
+    assert 0.4 < float(share) < 0.6
 
 
 def test_mixture_losses():

@@ -53,8 +53,14 @@ def record(step: int, seconds: float, value: float) -> dict:
 
 
 def test_e3_report_reads_the_records_within_the_budget(tmp_path: Path) -> None:
-    run = {"status": "budget", "peak_gb": 1.25, "records": [record(0, 0.1, 3.0), record(1, 10.0, 2.0), record(2, 31.0, 1.0)]}
-    text = e3.report({"tune-aid": {"best": 1}, "aid-seed0": packed([run]), "itd-seed0": {"failed": "x"}}, tmp_path, False)
+    run = {
+        "status": "budget",
+        "peak_gb": 1.25,
+        "records": [record(0, 0.1, 3.0), record(1, 10.0, 2.0), record(2, 31.0, 1.0)],
+    }
+    text = e3.report(
+        {"tune-aid": {"best": 1}, "aid-seed0": packed([run]), "itd-seed0": {"failed": "x"}}, tmp_path, False
+    )
     assert "| AID | 3.000 | 4.000 | 30.0 | 4.000 | 0 | 0 | 1.2 |" in text  # the seconds of tuning
     assert "| AID | 2.000 | 3.000 | 20.0 | 3.000 | 1 | 10 | 1.2 |" in text  # all seconds
     assert "'lr': 1000.0" in text
@@ -70,7 +76,10 @@ def test_e4_report_counts_runs_and_failures(tmp_path: Path) -> None:
     text = e4.report(results, tmp_path, False)
     assert "| ifsba (ours) | 50.0 | 6.000 | 0 | 0 | 0 of 1 |" in text  # at the seconds of the others
     assert "| ifsba (ours) | 60.0 | 7.000 | 1 | 10 | 0 of 1 |" in text
-    assert "| Adam, exact hypergradients | 70.0 [65.0, 75.0] | 8.000 [7.500, 8.500] | 9 [9, 9] | 90 [90, 90] | 1 of 3 |" in text
+    assert (
+        "| Adam, exact hypergradients | 70.0 [65.0, 75.0] | 8.000 [7.500, 8.500] | 9 [9, 9] | 90 [90, 90] | 1 of 3 |"
+        in text
+    )
     assert "untrained backbone: 50.0 [50.0, 50.0] %" in text
     assert (tmp_path / "E4_curves.png").is_file()
 

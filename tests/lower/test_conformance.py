@@ -42,7 +42,8 @@ def test_reaches_its_tolerance(solver, name, case):
         tol = 1e-2 if "1e4" in name else 1e-5  # ln(1 / tol) kappa steps
     result, objective = problem.solve(TO_TOLERANCE[solver](**budget), tol=tol)
     y = minimiser(problem)
-    assert result.status is LowerStatus.CONVERGED and result.ok
+    assert result.status is LowerStatus.CONVERGED
+    assert result.ok
     distance = float((result.y - y).norm())
     assert distance <= 3 * tol * (1 + float(y.norm()))
     # what it says of itself is true: the residual, and an error that is no wishful thinking
@@ -50,7 +51,8 @@ def test_reaches_its_tolerance(solver, name, case):
     torch.testing.assert_close(result.gradient_norm, residual, rtol=1e-6, atol=1e-13)
     assert distance <= 10 * float(result.error) + 1e-12
     assert objective.counts.lower_solves == 1
-    assert result.y.dtype == D and not result.y.requires_grad
+    assert result.y.dtype == D
+    assert not result.y.requires_grad
 
 
 @pytest.mark.parametrize("name", ["quadratic, kappa 10", "softmax", "dy = 1"])
@@ -59,7 +61,8 @@ def test_float32_reaches_its_default_tolerance(solver, name, case):
     problem = case(name)
     result, _ = problem.solve(TO_TOLERANCE[solver](), torch.float32)
     y = minimiser(problem)
-    assert result.status is LowerStatus.CONVERGED and result.y.dtype == torch.float32
+    assert result.status is LowerStatus.CONVERGED
+    assert result.y.dtype == torch.float32
     assert float((result.y.double() - y).norm()) <= 2e-5 * (1 + float(y.norm()))
 
 
@@ -73,7 +76,8 @@ def test_newton_cg_reaches_its_default_tolerance(name, dtype, case):
     # float32, kappa 1e4: the gradient itself is known to eps kappa only
     bound = 1e-9 if dtype == D else 2e-3 if "1e4" in name else 2e-5
     assert float((result.y.double() - y).norm()) <= bound * (1 + float(y.norm()))
-    assert result.iterations <= 12 and objective.counts.solves == result.iterations
+    assert result.iterations <= 12
+    assert objective.counts.solves == result.iterations
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +88,8 @@ def test_started_at_the_solution(solver, name, case):
     if name.startswith("quadratic"):
         problem.y0 = problem.x  # exactly: the gradient is 0
     result, _ = problem.solve(TO_TOLERANCE[solver](), tol=1e-8)
-    assert result.status is LowerStatus.CONVERGED and result.iterations <= 3
+    assert result.status is LowerStatus.CONVERGED
+    assert result.iterations <= 3
     assert float((result.y - problem.y0).norm()) <= 1e-12
     assert float(result.error) <= 1e-8
 
@@ -100,8 +105,11 @@ def test_fixed_steps_are_the_published_loop(steps, momentum, case):
         z, y = new + (momentum or 0.0) * (new - y), new
     result, objective = problem.solve(AGD(step, momentum=momentum, steps=steps))
     torch.testing.assert_close(result.y, y, rtol=1e-13, atol=1e-14)
-    assert result.status is LowerStatus.FIXED_STEPS and result.ok and result.iterations == steps
-    assert objective.counts.lower_gradients == steps and objective.counts.lower_products == 0
+    assert result.status is LowerStatus.FIXED_STEPS
+    assert result.ok
+    assert result.iterations == steps
+    assert objective.counts.lower_gradients == steps
+    assert objective.counts.lower_products == 0
     if momentum is None:
         plain, _ = problem.solve(GradientDescent(step, steps=steps))
         assert torch.equal(plain.y, result.y)
@@ -134,7 +142,9 @@ def test_torch_optimizers_are_themselves(optimizer, case):
 def test_external_leaves_the_learner_alone(case):
     problem = case("softmax")
     result, objective = problem.solve(External())
-    assert torch.equal(result.y, problem.y0) and result.status is LowerStatus.EXTERNAL and result.ok
+    assert torch.equal(result.y, problem.y0)
+    assert result.status is LowerStatus.EXTERNAL
+    assert result.ok
     torch.testing.assert_close(result.gradient_norm, grad(problem.h, 1)(problem.x, problem.y0).norm())
     assert (objective.counts.lower_gradients, objective.counts.lower_solves) == (1, 0)
 
@@ -154,7 +164,8 @@ def test_costs_of_the_gradient_methods(solver, name, case):
 def test_momentum_pays(case):
     slow, _ = case("quadratic, kappa 1e4").solve(GradientDescent(max_iterations=2000), tol=1e-5)
     fast, _ = case("quadratic, kappa 1e4").solve(AGD(max_iterations=2000), tol=1e-5)
-    assert slow.status is LowerStatus.MAX_ITERATIONS and not slow.ok
+    assert slow.status is LowerStatus.MAX_ITERATIONS
+    assert not slow.ok
     assert "raise max_iterations" in slow.describe()
     assert fast.status is LowerStatus.CONVERGED
 
@@ -171,9 +182,11 @@ def test_negative_curvature_is_reported(solver, case):
     problem = case("softmax")
     problem.h = saddle
     result, _ = problem.solve(TO_TOLERANCE[solver]())
-    assert result.status is LowerStatus.NOT_CONVEX and not result.ok
+    assert result.status is LowerStatus.NOT_CONVEX
+    assert not result.ok
     assert -0.51 <= result.curvature < 0
-    assert "strongly convex" in result.describe() and "L2" in result.describe()
+    assert "strongly convex" in result.describe()
+    assert "L2" in result.describe()
 
 
 @pytest.mark.parametrize("solver", ["agd", "gradient_descent"])
@@ -190,7 +203,8 @@ def test_nan_at_the_start(solver, case):
     problem = case("softmax")
     problem.h = lambda x, y: (y**2).sum() * float("nan") + x.sum()
     result, _ = problem.solve(TO_TOLERANCE[solver]())
-    assert result.status is LowerStatus.NON_FINITE and not result.ok
+    assert result.status is LowerStatus.NON_FINITE
+    assert not result.ok
     assert "NaN" in result.describe()
 
 
@@ -220,7 +234,8 @@ def test_newton_from_far_away(start, case):
     x = torch.tensor([0.0], dtype=D)
     problem.h, problem.x, problem.y0 = h, x, torch.tensor([start], dtype=D)
     result, objective = problem.solve(NewtonCG())
-    assert result.status is LowerStatus.CONVERGED and abs(float(result.y)) <= 1e-10
+    assert result.status is LowerStatus.CONVERGED
+    assert abs(float(result.y)) <= 1e-10
     assert objective.counts.lower_gradients <= 60
     if start == 2.0:
         y = problem.y0
@@ -234,7 +249,8 @@ def test_newton_from_far_away(start, case):
 
 
 def test_make_lower():
-    assert isinstance(make_lower(None), NewtonCG) and isinstance(make_lower("agd"), AGD)
+    assert isinstance(make_lower(None), NewtonCG)
+    assert isinstance(make_lower("agd"), AGD)
     solver = AGD(steps=3)
     assert make_lower(solver) is solver
     made = make_lower({"name": "agd", "step": 0.1, "momentum": 0.5, "steps": 4})

@@ -27,7 +27,9 @@ def test_resume_makes_a_large_factor_once_and_agrees(monkeypatch, tmp_path, meth
 
     made = []
     original = kept.CholeskyFactor.__init__
-    monkeypatch.setattr(kept.CholeskyFactor, "__init__", lambda self, *a, **k: (made.append(1), original(self, *a, **k))[1])
+    monkeypatch.setattr(
+        kept.CholeskyFactor, "__init__", lambda self, *a, **k: (made.append(1), original(self, *a, **k))[1]
+    )
     go(4, checkpoint=tmp_path / "run.pt", resume=True)
     # once where it was born; once more where the snapshot that is rebuilt had asked for a newer one by then
     assert 1 <= len(made) <= 2

@@ -27,7 +27,8 @@ def test_solves_the_damped_system(solver, columns, damping, case):
     A = hessian(lambda y: problem.h(problem.x, y))(problem.y0) + damping * torch.eye(5, dtype=D)
     b = torch.randn(5, *(() if columns is None else (columns,)), dtype=D)
     solution = LowerSystems(solver=solver, damping=damping).solve(at, b)
-    assert solution.ok and solution.x.shape == b.shape
+    assert solution.ok
+    assert solution.x.shape == b.shape
     torch.testing.assert_close(solution.x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-10)
     assert counts.solves == (columns or 1)
     assert counts.factorisations == (1 if solver in ("auto", "cholesky") else 0)
@@ -43,7 +44,8 @@ def test_auto_keeps_its_factor_as_a_preconditioner_elsewhere(case):
     systems.solve(here, b)
     assert objective.counts.factorisations == 1
     preconditioned = systems.solve(near, b)
-    assert objective.counts.factorisations == 1 and preconditioned.ok
+    assert objective.counts.factorisations == 1
+    assert preconditioned.ok
     plain = LowerSystems(solver="cg").solve(near, b)
     assert preconditioned.iterations < plain.iterations
     torch.testing.assert_close(preconditioned.x, plain.x, rtol=1e-8, atol=1e-10)
@@ -69,7 +71,9 @@ def test_state_is_the_kept_factor(case):
     fresh, counts = at_start(problem)
     second.load_state_dict(first.state_dict(), fresh.objective.problem)
     a = second.solve(fresh, torch.ones(5, dtype=D))
-    assert a.ok and counts.factorisations == 0 and a.iterations <= 2
+    assert a.ok
+    assert counts.factorisations == 0
+    assert a.iterations <= 2
 
 
 @pytest.mark.parametrize("solver", ["auto", "cg", "cholesky"])

@@ -34,7 +34,8 @@ def switched_at(result: tb.Result) -> int | None:
 
 def test_leaves_an_exact_saddle_at_once():
     result = tb.minimize(saddle().problem(), "auto")
-    assert result.history[0].gradient_norm == 0.0 and switched_at(result) == 1
+    assert result.history[0].gradient_norm == 0.0
+    assert switched_at(result) == 1
     assert result.status is tb.Status.SECOND_ORDER
     assert result.value == pytest.approx(saddle().minimum, abs=1e-9)
     sides = {float(tb.minimize(saddle().problem(), "auto", seed=s).x[2]) > 0 for s in range(6)}
@@ -45,9 +46,11 @@ def test_a_saddle_that_lbfgs_runs_into_is_left():
     """From x_3 = 0 the gradient never points along the negative curvature: L-BFGS ends at the saddle."""
     start = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
     stuck = tb.minimize(saddle().problem(x0=start), "lbfgs")
-    assert stuck.status is tb.Status.GRADIENT_TOLERANCE and abs(stuck.value) < 1e-9
+    assert stuck.status is tb.Status.GRADIENT_TOLERANCE
+    assert abs(stuck.value) < 1e-9
     result = tb.minimize(saddle().problem(x0=start), "auto")
-    assert switched_at(result) > 1 and result.value == pytest.approx(saddle().minimum, abs=1e-9)
+    assert switched_at(result) > 1
+    assert result.value == pytest.approx(saddle().minimum, abs=1e-9)
 
 
 def test_switches_where_lbfgs_is_slow_and_halves_its_evaluations():
@@ -66,7 +69,9 @@ def test_stays_with_lbfgs_where_that_is_cheap():
 
 def test_finishes_a_quadratic_by_one_cheap_hessian():
     result = tb.minimize(quadratic().problem(), "auto")
-    assert switched_at(result) == 2 and result.counts.hessians == 1 and result.history[-1].step <= 4
+    assert switched_at(result) == 2
+    assert result.counts.hessians == 1
+    assert result.history[-1].step <= 4
     assert result.value == pytest.approx(quadratic().minimum, abs=1e-9)
 
 
@@ -74,7 +79,8 @@ def test_stays_with_lbfgs_where_a_hessian_is_dear():
     """LancBiO's problem: |gradient| goes up and down, and a Hessian costs what some sixty evaluations do."""
     config = synthetic.Config(n=200, condition=100.0)
     lbfgs, auto = (tb.minimize(synthetic.build(config, 0), m, max_steps=300, gradient_tol=1e-5) for m in ("lbfgs", "auto"))
-    assert auto.status is tb.Status.SECOND_ORDER and auto.value <= lbfgs.value + 1e-6
+    assert auto.status is tb.Status.SECOND_ORDER
+    assert auto.value <= lbfgs.value + 1e-6
     reached = auto.history[-1].counts.oracle_calls  # without the certificate, which L-BFGS does not make
     assert reached <= 1.3 * lbfgs.counts.oracle_calls
 
@@ -87,7 +93,8 @@ def test_never_much_dearer_than_the_better_of_its_two_halves(case):
     others = [tb.minimize(case.problem(), "lbfgs", max_steps=300),
               tb.minimize(case.problem(), "dlcrn", period="adaptive", max_steps=300)]  # fmt: skip
     good = [other for other in others if other.status.converged and other.value <= auto.value + 1e-6]
-    assert auto.status is tb.Status.SECOND_ORDER and good
+    assert auto.status is tb.Status.SECOND_ORDER
+    assert good
     assert auto.counts.oracle_calls <= 1.3 * min(other.counts.oracle_calls for other in good)
 
 
@@ -97,7 +104,8 @@ def test_bounds_are_kept_in_both_phases():
                          callback=lambda report, x, y: seen.append(x.clone()))  # fmt: skip
     assert all(bool(((x >= -0.5) & (x <= 0.8)).all()) for x in seen)
     assert bool(((result.x == -0.5) | (result.x == 0.8)).any())
-    assert result.status is tb.Status.SECOND_ORDER and switched_at(result) is not None
+    assert result.status is tb.Status.SECOND_ORDER
+    assert switched_at(result) is not None
 
 
 @pytest.mark.parametrize("stop", [3, 17])
@@ -107,10 +115,12 @@ def test_resume_in_both_phases_is_bit_for_bit(stop, tmp_path):
 
     whole = go(20)
     before, last = whole.history[stop].counts.hessians, whole.counts.hessians
-    assert (before == 0) == (stop == 3) and last > 0  # one stop in each phase
+    assert (before == 0) == (stop == 3)
+    assert last > 0
     go(stop, checkpoint=tmp_path / "run.pt")
     resumed = go(20, checkpoint=tmp_path / "run.pt", resume=True)
-    assert torch.equal(resumed.x, whole.x) and torch.equal(resumed.y, whole.y)
+    assert torch.equal(resumed.x, whole.x)
+    assert torch.equal(resumed.y, whole.y)
     assert resumed.counts.as_dict() == whole.counts.as_dict()
     assert [r.value for r in resumed.history] == [r.value for r in whole.history]
 
@@ -121,7 +131,8 @@ def test_hessian_cost_follows_the_counts():
     run.step()
     counts = run.counts
     per_evaluation = (counts.oracle_calls - 8 * counts.factorisations) / counts.evaluations
-    assert counts.factorisations >= 1 and run.hessian_cost() == pytest.approx((8 * 5 + 8) / per_evaluation)
+    assert counts.factorisations >= 1
+    assert run.hessian_cost() == pytest.approx((8 * 5 + 8) / per_evaluation)
     before = run.hessian_cost()
     counts.add(factorisations=100, lower_products=800)
     assert run.hessian_cost() == pytest.approx(before)

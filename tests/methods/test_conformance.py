@@ -13,7 +13,7 @@ In float32 tolerances are 100 times as large.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -109,7 +109,8 @@ def test_outcome(method, name):
         assert result.status is tb.Status.GRADIENT_TOLERANCE
         assert float(exact.gradient.norm()) <= tol
     elif outcome == "STAYS":
-        assert result.status is tb.Status.GRADIENT_TOLERANCE and result.history[-1].step == 0
+        assert result.status is tb.Status.GRADIENT_TOLERANCE
+        assert result.history[-1].step == 0
         assert torch.equal(result.x, case.x0)
     elif outcome == "LEAVES":
         assert float(exact.value) < 0.02 * case.minimum < 0
@@ -148,7 +149,8 @@ def test_minimax_outcome(method, name):
     result = tb.minimize(minimax.problem(f, dx, dy, x0, dtype), method, gradient_tol=tol, **EVERY_MINIMAX[method])
     start, end = (minimax.dense(f, x.double(), dy) for x in (x0, result.x))
     if method == "gda" and name == "saddle":  # STAYS
-        assert result.history[-1].step == 0 and torch.equal(result.x, x0)
+        assert result.history[-1].step == 0
+        assert torch.equal(result.x, x0)
     elif method == "gda":  # PROGRESS
         best = tb.minimize(minimax.problem(f, dx, dy, x0.double()), "mcn").value
         assert float(start.value - end.value) >= 0.1 * (float(start.value) - best)
@@ -178,7 +180,8 @@ def test_same_seed_same_bits_and_resume_equals_uninterrupted(method, tmp_path):
     go(4, checkpoint=tmp_path / "run.pt")
     resumed = go(7, checkpoint=tmp_path / "run.pt", resume=True)
     for other in (again, resumed):
-        assert torch.equal(other.x, whole.x) and torch.equal(other.y, whole.y)
+        assert torch.equal(other.x, whole.x)
+        assert torch.equal(other.y, whole.y)
         assert other.counts.as_dict() == whole.counts.as_dict()
         for ours, theirs in zip(other.history, whole.history, strict=True):
             assert (ours.value, ours.counts) == (theirs.value, theirs.counts)
@@ -217,7 +220,8 @@ def test_a_single_loop_iteration_takes_two_lower_gradients_and_two_solves(monkey
         result = tb.minimize(nonconvex().problem(), "slcrn", max_steps=10, gradient_tol=0.0, **options)
         counts, evaluations = result.counts, result.counts.evaluations
         assert evaluations == 11 + sum(not report.accepted for report in result.history)
-        assert counts.lower_solves == 0 and (columns > 0) == (options.get("hessian") == "krylov")
+        assert counts.lower_solves == 0
+        assert (columns > 0) == (options.get("hessian") == "krylov")
         assert counts.lower_gradients == 2 * evaluations  # no Newton step had to be damped here
         assert counts.solves == 2 * evaluations + (2 * columns if columns else 12 * counts.hessians)
         assert counts.upper_gradients == 2 * evaluations  # f_y for v, and f's part of the Lagrangian
@@ -227,7 +231,8 @@ def test_double_loop_counts():
     """DLCRN: one adjoint solve per evaluation and two per Hessian product, one lower solve per evaluation."""
     result = tb.minimize(quadratic().problem(), "dlcrn", max_steps=3, gradient_tol=0.0, solver="cg")
     counts = result.counts
-    assert counts.lower_solves == counts.evaluations == 4 and counts.factorisations == 0
+    assert counts.lower_solves == counts.evaluations == 4
+    assert counts.factorisations == 0
     assert counts.hessians == 3
     # quadratic g: a lower solve is one Newton step where y moved, confirmed without another solve
     assert counts.solves <= 2 * counts.evaluations + 2 * 4 * counts.hessians
@@ -236,13 +241,15 @@ def test_double_loop_counts():
 @pytest.mark.parametrize("solver", ["cg", "chebyshev", "minres"])
 def test_ifsba_never_factors(solver):
     result = tb.minimize(quadratic().problem(), "ifsba", solver=solver, max_steps=4, gradient_tol=0.0)
-    assert result.counts.factorisations == 0 and result.counts.hessians >= 1
+    assert result.counts.factorisations == 0
+    assert result.counts.hessians >= 1
     assert result.counts.lower_products > 0
 
 
 def test_auto_makes_no_hessian_before_it_switches():
     run = tb.make_method("auto").start(nonconvex().problem())
     while not run.is_second_order:
-        assert run.counts.hessians == 0 and run.steps < 50
+        assert run.counts.hessians == 0
+        assert run.steps < 50
         run.step()
     assert run.counts.hessians == 1

@@ -31,8 +31,10 @@ def test_bias_is_the_distance_to_the_exact_gradient():
         ev = oracle.evaluate()
         true = (ev.gradient - case.reference.implicit().gradient).norm()
         assert error(oracle.bias(ev), true) <= 1e-3
-        assert not oracle.sharpen(ev, 1.01 * float(true)) and oracle.penalty == penalty
-        assert oracle.sharpen(ev, 0.9 * float(true)) and oracle.penalty == 10 * penalty
+        assert not oracle.sharpen(ev, 1.01 * float(true))
+        assert oracle.penalty == penalty
+        assert oracle.sharpen(ev, 0.9 * float(true))
+        assert oracle.penalty == 10 * penalty
         new = oracle.evaluate()
         assert float((new.gradient - case.reference.implicit().gradient).norm()) < 0.2 * float(true)
     still = tb.PenaltyOracle(case.problem(), 10.0, "forward")

@@ -171,7 +171,8 @@ def test_fixed_regularisation_decreases_as_the_theory_says(method, M):
     """|w'''| <= 2, so M >= L2 = 2 gives phi(x) - phi(x + s) >= M |s|^3 / 12 at every step."""
     case = saddle((1.0, -1.0, 0.02))
     result = tb.minimize(case.problem(), method, adaptive=False, cubic_reg=M, stop_rule="step", gradient_tol=1e-6)
-    assert result.status is tb.Status.STEP_RULE and result.status.converged
+    assert result.status is tb.Status.STEP_RULE
+    assert result.status.converged
     for before, after in zip(result.history, result.history[1:]):
         decrease = before.value - after.value
         assert decrease >= M * after.step_norm**3 / 12 - 1e-14
@@ -215,6 +216,7 @@ def test_failing_evaluations_end_in_an_error_with_the_run():
         with pytest.raises(tb.SolverError, match="out of order") as caught:
             tb.minimize(problem, "dlcrn")
     steps = caught.value.result.history[1:]
-    assert 5 <= len(steps) <= 10 and not any(step.accepted for step in steps)
+    assert 5 <= len(steps) <= 10
+    assert not any(step.accepted for step in steps)
     assert all(b.cubic_reg > a.cubic_reg for a, b in zip(steps, steps[1:]))
     assert torch.equal(problem.x, nonconvex().x0)

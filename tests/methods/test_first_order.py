@@ -139,7 +139,8 @@ def test_rahgd_is_its_published_loop():
             restarts, k, travelled, w = restarts + 1, 0, 0.0, new
         x = new
         assert error(found, w) < 1e-10
-    assert 0 < restarts < 12 and run.restarts == restarts
+    assert 0 < restarts < 12
+    assert run.restarts == restarts
 
 
 def test_paid_adds_ball_noise_where_the_gradient_is_small():
@@ -238,7 +239,8 @@ def test_reports_are_of_the_point_held():
 @pytest.mark.parametrize("method", [name for name in ALL if name not in ("paid", "prahgd")])
 def test_unperturbed_methods_stay_at_an_exact_saddle(method):
     result = tb.minimize(saddle().problem(), method, gradient_tol=1e-8)
-    assert result.status is tb.Status.GRADIENT_TOLERANCE and len(result.history) == 1
+    assert result.status is tb.Status.GRADIENT_TOLERANCE
+    assert len(result.history) == 1
     points, run = iterates(saddle().problem(), method, 4, lr=1.0)
     assert all(torch.equal(x, torch.zeros_like(x)) for x in points)
     if method == "lbfgs":
@@ -252,7 +254,8 @@ def test_perturbed_methods_leave_an_exact_saddle(method, seed):
     options = {"wait": 60} if method == "paid" else {"epoch": 60, "restart_radius": 10.0}
     result = tb.minimize(case.problem(), method, max_steps=400, gradient_tol=1e-4, seed=seed, lr=2.0, lower_steps=4,
                          adjoint_steps=2, **options)  # fmt: skip
-    assert result.status is tb.Status.GRADIENT_TOLERANCE and len(result.history) > 60
+    assert result.status is tb.Status.GRADIENT_TOLERANCE
+    assert len(result.history) > 60
     assert abs(abs(float(result.x[2])) - 0.6) < 1e-2
     assert result.value - case.minimum < 1e-6
     again = tb.minimize(case.problem(), method, max_steps=20, gradient_tol=1e-4, seed=seed, lr=2.0, lower_steps=4,
@@ -276,7 +279,8 @@ def test_noise_is_uniform_in_the_ball():
 def test_escape_waits_judges_and_starts_again():
     x = torch.zeros(3)
     escape = Escape(Perturbation(radius=0.1, below=1e-2, wait=3, decrease=1e-3), seed=0)
-    assert escape.settled(1.0, 0.1) and not escape.settled(1.0, 1e-3)
+    assert escape.settled(1.0, 0.1)
+    assert not escape.settled(1.0, 1e-3)
     assert escape.noise(x, 1.0, 0.1) is None  # a large gradient
     assert escape.noise(x, 1.0, 1e-3) is not None
     for _ in range(2):
@@ -316,7 +320,8 @@ def same(a, b):
             plain.pop("seconds")
         assert repr(left) == repr(right)
     assert len(a.history) == len(b.history)
-    assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    assert torch.equal(a.x, b.x)
+    assert torch.equal(a.y, b.y)
 
 
 @pytest.mark.parametrize(

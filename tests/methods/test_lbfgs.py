@@ -67,7 +67,8 @@ def test_strong_wolfe_meets_its_conditions(curve, first):
     found = strong_wolfe(trial, value(0.0), slope(0.0), first, 0.0)
     assert found.value <= value(0.0) + 1e-4 * found.length * slope(0.0)
     assert abs(found.slope) <= 0.9 * abs(slope(0.0))
-    assert found.found == f"point {found.length}" and len(tried) <= 25
+    assert found.found == f"point {found.length}"
+    assert len(tried) <= 25
 
 
 def test_strong_wolfe_backs_out_of_failed_evaluations():
@@ -75,7 +76,8 @@ def test_strong_wolfe_backs_out_of_failed_evaluations():
         return Trial(a, (a - 1) ** 2, 2 * (a - 1)) if a < 1.5 else Trial(a, math.inf, math.nan)
 
     found = strong_wolfe(trial, 1.0, -2.0, 1e3, 0.0)
-    assert 0 < found.length < 1.5 and found.value < 1.0
+    assert 0 < found.length < 1.5
+    assert found.value < 1.0
 
 
 def test_strong_wolfe_gives_up_on_what_does_not_decrease():
@@ -95,7 +97,8 @@ def test_strong_wolfe_gives_up_on_what_does_not_decrease():
 def test_strong_wolfe_allows_for_noise_in_the_values():
     slope = -1e-11
     found = strong_wolfe(lambda a: Trial(a, 1.0 + 1e-15, slope * (1 - a)), 1.0, slope, 1.0, 1e-14)
-    assert found is not None and abs(found.slope) <= 0.9 * abs(slope)
+    assert found is not None
+    assert abs(found.slope) <= 0.9 * abs(slope)
 
 
 def test_cubic_minimum_is_exact_on_a_cubic():
@@ -166,7 +169,8 @@ def test_bounds_end_at_the_constrained_minimum():
     for _ in range(5000):
         x = (x - (g + H @ x) / torch.linalg.eigvalsh(H)[-1]).clamp(lo).minimum(hi)
     assert torch.allclose(result.x, x, atol=1e-7)
-    assert bool(((x == lo) | (x == hi)).any()) and bool(((x > lo) & (x < hi)).any())
+    assert bool(((x == lo) | (x == hi)).any())
+    assert bool(((x > lo) & (x < hi)).any())
 
 
 def test_with_bounds_steps_lengthen_where_the_function_is_flat_and_concave():

@@ -20,14 +20,17 @@ def test_names_are_sorted_and_every_one_makes_a_method():
 @pytest.mark.parametrize("name", ["fsba", "lfsba", "dlcrn"])
 def test_make_by_name_in_any_case(name):
     method = make_method(name.upper(), {"cubic_reg": 3.0})
-    assert isinstance(method, Method) and method.name == name and method.second_order
+    assert isinstance(method, Method)
+    assert method.name == name
+    assert method.second_order
     assert method.regularisation.cubic_reg == 3.0
     assert make_method(method) is method
 
 
 def test_options_reach_the_oracle():
     assert {"penalty", "scheme", "period", "lower", "solver", "damping", "lower_tol"} <= set(options_of("lfsba"))
-    assert "period" not in options_of("fsba") and "penalty" not in options_of("dlcrn")
+    assert "period" not in options_of("fsba")
+    assert "penalty" not in options_of("dlcrn")
     assert {"lower", "damping", "hessian_tol"} <= set(options_of("dlcrn"))
 
 

@@ -71,7 +71,8 @@ def test_a_quadratic_needs_no_regularisation():
     regs = [M for _, _, M in trials_of(case, 2)]
     assert regs[1] < 1e-6 * regs[0]
     result = tb.minimize(case.problem(), "dlcrn", gradient_tol=1e-9)
-    assert result.status.converged and result.history[-1].step == 2
+    assert result.status.converged
+    assert result.history[-1].step == 2
     assert result.value == pytest.approx(case.minimum, rel=1e-12)
 
 
@@ -81,8 +82,10 @@ def test_a_function_that_is_quadratic_only_for_a_while_is_no_trap():
                 lambda x, y: ((y - x) ** 2).sum() / 2, torch.zeros(2).double() - 300.0, torch.zeros(2).double())  # fmt: skip
     result = tb.minimize(wall.problem(), "dlcrn", cubic_reg=0.5)
     regs = [report.cubic_reg for report in result.history[1:]]
-    assert min(regs) < 1e-6 and any(not report.accepted for report in result.history[1:])
-    assert result.status.converged and result.history[-1].step <= 40
+    assert min(regs) < 1e-6
+    assert any(not report.accepted for report in result.history[1:])
+    assert result.status.converged
+    assert result.history[-1].step <= 40
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -99,10 +102,13 @@ def test_the_first_regularisation_follows_the_scale_of_the_values(scale):
 def test_rules_of_the_fitted_coefficient():
     rule = FittedRegularisation()
     good = Trial(predicted=1.0, actual=0.9, fit=3.0)
-    assert good.ratio == pytest.approx(0.9) and rule.accepts(good)
+    assert good.ratio == pytest.approx(0.9)
+    assert rule.accepts(good)
     assert not rule.accepts(Trial(1.0, 0.05, 3.0))
-    assert not rule.accepts(Trial(1.0, math.nan, math.nan)) and not rule.accepts(Trial(1.0, -math.inf, math.inf))
-    assert math.isnan(Trial(0.0, 1.0, 1.0).ratio) and not rule.accepts(Trial(0.0, 1.0, 1.0))
+    assert not rule.accepts(Trial(1.0, math.nan, math.nan))
+    assert not rule.accepts(Trial(1.0, -math.inf, math.inf))
+    assert math.isnan(Trial(0.0, 1.0, 1.0).ratio)
+    assert not rule.accepts(Trial(0.0, 1.0, 1.0))
 
     def after(M, trial, accepted, streak=1):
         return rule.after(M, trial, accepted, steps=10, streak=streak)
@@ -125,13 +131,16 @@ def test_rules_of_the_fitted_coefficient():
     # as strong as |H| at the Newton step |g| / |H|
     H, g = 10.0, 1.0
     M = rule.initial(H, g)
-    assert M / 2 * (g / H) >= 0.1 * H and M > 0
-    assert rule.initial(0.0, 1.0) > 0 and math.isfinite(rule.initial(1.0, 0.0))
+    assert M / 2 * (g / H) >= 0.1 * H
+    assert M > 0
+    assert rule.initial(0.0, 1.0) > 0
+    assert math.isfinite(rule.initial(1.0, 0.0))
 
 
 def test_rules_of_the_fixed_coefficient():
     rule = FixedRegularisation(5)
-    assert rule.cubic_reg == 5.0 and rule.initial(1.0, 1.0) == 5.0
+    assert rule.cubic_reg == 5.0
+    assert rule.initial(1.0, 1.0) == 5.0
     assert rule.accepts(Trial(1.0, -3.0, 9.0))
     assert rule.after(5.0, Trial(1.0, -3.0, 9.0), True, 1, 1) == 5.0
 

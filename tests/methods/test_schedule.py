@@ -27,13 +27,19 @@ def test_adaptive_refresh_weighs_the_price():
                                 last_error=error, price=price))  # fmt: skip
 
     # a fresh one would have left error / (1 + 2 distance), to be compared with error^(1 + price)
-    assert due(0.5, 0.6) and not due(0.5, 0.4)  # 0.5 / 2.2 < 1/4 < 0.5 / 1.8
-    assert due(0.5, 1.2, price=1.0) and not due(0.5, 1.2, price=2.0)  # 0.5 / 3.4 < 1/4, but not < 1/8
+    assert due(0.5, 0.6)
+    assert not due(0.5, 0.4)
+    assert due(0.5, 1.2, price=1.0)
+    assert not due(0.5, 1.2, price=2.0)
     assert not due(0.0, 100.0)  # a quadratic function: never
-    assert not due(0.01, 10.0) and due(0.9, 0.1)  # a stale one that does well is kept, one that does not is not
-    assert due(3.0, 1.1) and not due(3.0, 0.9)  # the gradient grew; a fresh one would have grown it too: M is to blame
-    assert due(0.1, 0.1, accepted=False) and not due(2.0, 0.4, accepted=False)  # rejected: as an error of 1
-    assert due(float("inf"), 0.5) and due(float("nan"), 0.5)  # nothing is known
+    assert not due(0.01, 10.0)
+    assert due(0.9, 0.1)
+    assert due(3.0, 1.1)
+    assert not due(3.0, 0.9)
+    assert due(0.1, 0.1, accepted=False)
+    assert not due(2.0, 0.4, accepted=False)
+    assert due(float("inf"), 0.5)
+    assert due(float("nan"), 0.5)
     assert due(0.0, 1.0, steps=20)
     assert not due(9.0, 0.0, accepted=False)  # made at this very point: M has to grow
     assert not schedule.due(Age())

@@ -30,12 +30,14 @@ def test_one_training_a_trial_and_the_best_is_kept(method):
     """phi is a convex quadratic known in closed form: every value is judged by it, not by the method."""
     case = quadratic()
     result = tb.minimize(case.problem(), method, max_steps=40, bounds=BOX, seed=1)
-    assert result.status is tb.Status.MAX_STEPS and len(result.history) == 41
+    assert result.status is tb.Status.MAX_STEPS
+    assert len(result.history) == 41
     counts = result.counts
     assert counts.lower_solves == counts.evaluations == counts.upper_values == 41
     assert counts.upper_gradients == counts.upper_products == counts.hessians == 0
     for step in result.history:
-        assert step.counts.lower_solves == step.step + 1 and math.isnan(step.gradient_norm)
+        assert step.counts.lower_solves == step.step + 1
+        assert math.isnan(step.gradient_norm)
     values = [step.value for step in result.history]
     trials = [step.extra["trial"] for step in result.history[1:]]
     assert values[0] == pytest.approx(float(case.reference.implicit().value), abs=1e-9)
@@ -79,7 +81,8 @@ def test_tpe_resumes_with_its_options(options, tmp_path):
     go(7, checkpoint=tmp_path / "run.pt")
     resumed = go(16, checkpoint=tmp_path / "run.pt", resume=True)
     assert [s.extra["trial"] for s in resumed.history[1:]] == [s.extra["trial"] for s in whole.history[1:]]
-    assert torch.equal(resumed.x, whole.x) and resumed.counts == whole.counts
+    assert torch.equal(resumed.x, whole.x)
+    assert resumed.counts == whole.counts
 
 
 def test_uniform_fills_the_box():
@@ -102,9 +105,11 @@ def test_a_trial_whose_lower_level_fails_is_passed_over(method):
     )
     result = tb.minimize(problem, method, max_steps=25, bounds=(-2.0, 4.0))
     trials = [step.extra["trial"] for step in result.history[1:]]
-    assert any(math.isnan(t) for t in trials) and any(t == t for t in trials)
+    assert any(math.isnan(t) for t in trials)
+    assert any(t == t for t in trials)
     assert result.value == pytest.approx(1 / (1 - float(result.x)), rel=1e-8)
-    assert result.value < 1.0 and result.counts.lower_solves == 26
+    assert result.value < 1.0
+    assert result.counts.lower_solves == 26
 
 
 @pytest.mark.parametrize("method", BOTH)
@@ -157,6 +162,8 @@ def test_new_data_begin_the_search_again_beside_the_best_point(method):
         run.step()
     x = run.x
     run.set_data(quadratic().problem())
-    assert run.tried == [] and torch.equal(run.x, x)
+    assert run.tried == []
+    assert torch.equal(run.x, x)
     run.step()
-    assert len(run.tried) == 2 and torch.equal(run.tried[0][0], x)
+    assert len(run.tried) == 2
+    assert torch.equal(run.tried[0][0], x)

@@ -45,7 +45,8 @@ def test_published_settings_follow_the_published_loop(period):
     expected = published(case.f, case.g, case.x0, case.y0, M=200.0, lower_step=0.2, steps=8, period=period)
     result = tb.minimize(case.problem(), "slcrn", period=period, max_steps=8, gradient_tol=0.0, **FIXED,
                          callback=lambda report, x, y: seen.append(x.clone()))  # fmt: skip
-    assert result.counts.hessians == math.ceil(8 / period) and result.counts.lower_gradients == 18
+    assert result.counts.hessians == math.ceil(8 / period)
+    assert result.counts.lower_gradients == 18
     for ours, theirs in zip(seen[1:], expected, strict=True):
         assert float((ours - theirs).norm()) <= 1e-8 * (1 + float(theirs.norm()))
     assert float((seen[-1] - seen[0]).norm()) > 0.1
@@ -72,7 +73,8 @@ def without_newton_step(a: float, steps: int) -> float:
 def test_the_newton_step_is_what_makes_it_converge(a):
     result = tb.minimize(scalar(a).problem(), "slcrn", adaptive=False, cubic_reg=1.0, lower_step=0.5, max_steps=40,
                          gradient_tol=1e-12)  # fmt: skip
-    assert result.status is tb.Status.SECOND_ORDER and abs(float(result.x)) < 1e-11
+    assert result.status is tb.Status.SECOND_ORDER
+    assert abs(float(result.x)) < 1e-11
     rest = without_newton_step(a, 400)
     assert rest < 1e-6 if a > 0 else rest > 1e-2
 

@@ -53,5 +53,6 @@ def test_a_resumed_phase_is_the_uninterrupted_one(tmp_path):
     (tmp_path / f"{stop}.pt").rename(tmp_path / "500.pt")
     resumed = go(500, resume=True)
     assert resumed.status is whole.status is tb.Status.STEP_RULE
-    assert torch.equal(resumed.x, whole.x) and len(resumed.history) == len(whole.history)
+    assert torch.equal(resumed.x, whole.x)
+    assert len(resumed.history) == len(whole.history)
     assert resumed.value == whole.value

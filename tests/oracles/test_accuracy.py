@@ -98,7 +98,8 @@ def test_the_result_is_as_exact_as_without_and_first_order_lower_solvers_save_ha
         assert abs(result.value - float(exact.value)) < 1e-9
         assert abs(result.gradient_norm - float(exact.gradient.norm())) < 1e-8
         if method == "dlcrn":
-            assert result.status.converged and result.gradient_norm <= 1e-2
+            assert result.status.converged
+            assert result.gradient_norm <= 1e-2
             assert abs(result.value - runs[0].value) < 1e-3
         assert (result.y - case.reference.solution(result.x)).norm() < 1e-8
 
@@ -108,7 +109,8 @@ def test_a_small_gradient_ends_a_run_only_when_it_is_exact():
     run = tb.methods.make_method("lbfgs", {"accuracy": 0.5, **AGD}).start(case.problem())
     loose = run.current()
     assert not loose.precision.tight
-    assert run.may_stop(1e3) and run.current().precision.tight
+    assert run.may_stop(1e3)
+    assert run.current().precision.tight
     assert not run.tighten()
     run.evaluation = loose
     assert not run.may_stop(1e-12)
@@ -120,13 +122,16 @@ def test_with_bounds_it_is_the_projected_gradient_that_counts():
     exact, loose = (tb.minimize(case.problem(), "lbfgs", bounds=bounds, gradient_tol=1e-6, **options)
                     for options in ({}, {"accuracy": 0.2, **AGD}))  # fmt: skip
     assert loose.status.converged
-    assert bool((exact.x == 0.5).any()) and (exact.x - loose.x).norm() < 1e-4
+    assert bool((exact.x == 0.5).any())
+    assert (exact.x - loose.x).norm() < 1e-4
 
 
 # -- resuming, stalling ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, options", [("lbfgs", AGD), ("dlcrn", {"period": "adaptive"}), ("auto", AGD), ("adam", {})])
+@pytest.mark.parametrize(
+    "method, options", [("lbfgs", AGD), ("dlcrn", {"period": "adaptive"}), ("auto", AGD), ("adam", {})]
+)
 def test_resume_is_bit_for_bit(method, options, tmp_path):
     def go(steps, **more):
         return tb.minimize(nonconvex().problem(), method, accuracy=0.2, max_steps=steps, **options, **more)
@@ -134,7 +139,8 @@ def test_resume_is_bit_for_bit(method, options, tmp_path):
     whole = go(9)
     go(5, checkpoint=tmp_path / "run.pt")
     resumed = go(9, checkpoint=tmp_path / "run.pt", resume=True)
-    assert torch.equal(resumed.x, whole.x) and torch.equal(resumed.y, whole.y)
+    assert torch.equal(resumed.x, whole.x)
+    assert torch.equal(resumed.y, whole.y)
     assert resumed.counts.as_dict() == whole.counts.as_dict()
     assert [r.value for r in resumed.history] == [r.value for r in whole.history]
 
@@ -142,7 +148,8 @@ def test_resume_is_bit_for_bit(method, options, tmp_path):
 def test_a_stalled_run_goes_on_with_stricter_evaluations():
     run = tb.methods.make_method("lbfgs", {"accuracy": 0.5, **AGD}).start(ill_conditioned().problem())
     run.current()
-    assert not run.has_stalled() and run.oracle.accuracy.theta == pytest.approx(0.05)
+    assert not run.has_stalled()
+    assert run.oracle.accuracy.theta == pytest.approx(0.05)
     assert run.has_stalled()  # at the default tolerances there is nothing left to try
 
 

@@ -34,9 +34,12 @@ def test_float64_equals_the_referee(name, oracle, make, expected, device):
     assert error(ev.gradient, truth.gradient) <= 1e-8
     dense = ev.hessian.to_dense()
     assert error(dense, truth.hessian) <= 1e-6
-    assert ev.value.shape == () and ev.gradient.shape == (problem.dx,) and dense.shape == (problem.dx,) * 2
+    assert ev.value.shape == ()
+    assert ev.gradient.shape == (problem.dx,)
+    assert dense.shape == (problem.dx,) * 2
     for tensor in (ev.value, ev.gradient, dense, ev.lower.y, ev.lower.gradient_norm):
-        assert tensor.dtype == torch.float64 and tensor.device.type == device.type
+        assert tensor.dtype == torch.float64
+        assert tensor.device.type == device.type
         assert not tensor.requires_grad
 
 
@@ -110,7 +113,8 @@ def test_evaluate_takes_x_or_the_current_point_and_leaves_both_alone(oracle, mak
     torch.testing.assert_close(here.gradient, again.gradient, rtol=0, atol=0)
     moved = build(oracle, problem).evaluate(x + 1)
     assert error(moved.gradient, here.gradient) > 1e-2
-    assert torch.equal(problem.x, x) and torch.equal(problem.y, y)
+    assert torch.equal(problem.x, x)
+    assert torch.equal(problem.y, y)
     assert all(p.grad is None for p in problem.learner.parameters())
 
 
@@ -146,7 +150,8 @@ def test_restored_evaluation_is_the_same_without_a_lower_solve(oracle, make):
     second.load_state_dict(first.state_dict())
     before = second.counts.copy()
     restored = second.restore(ev.state_dict())
-    assert torch.equal(restored.value, ev.value) and torch.equal(restored.gradient, ev.gradient)
+    assert torch.equal(restored.value, ev.value)
+    assert torch.equal(restored.gradient, ev.gradient)
     assert error(restored.hessian.to_dense(), H) <= 1e-12
     assert second.counts.lower_solves == before.lower_solves == first.counts.lower_solves
 

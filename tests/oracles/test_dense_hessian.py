@@ -57,7 +57,9 @@ def test_short_side_agrees_with_columns_and_with_the_reference(oracle, diagonal)
 def test_the_count_follows_the_short_side():
     for diagonal, least, most in ((True, 0, 8 * DY + 12), (False, DX, DX + 8 * DY + 12)):
         f, g = functions(diagonal)
-        ev = tb.ImplicitOracle(tb.BilevelProblem.from_functions(f, g, randn(3, DX) / 2, torch.zeros(DY, dtype=D))).evaluate()
+        ev = tb.ImplicitOracle(
+            tb.BilevelProblem.from_functions(f, g, randn(3, DX) / 2, torch.zeros(DY, dtype=D))
+        ).evaluate()
         H = ev.hessian
         before = ev.counts.lower_products
         H.to_dense()

@@ -30,7 +30,8 @@ def test_lower_level_not_convex(oracle, solver):
     with pytest.raises(tb.NotStronglyConvexError, match="L2") as caught:
         ORACLES[oracle](indefinite(0.3 * one), solver=solver).evaluate()
     assert caught.value.curvature < 0
-    assert isinstance(caught.value, tb.BilevelError) and caught.value.result is not None
+    assert isinstance(caught.value, tb.BilevelError)
+    assert caught.value.result is not None
 
 
 @pytest.mark.parametrize("solver", ["auto", "cg", "cholesky"])

@@ -189,7 +189,8 @@ def test_difference_weights_are_the_textbook_ones():
         nodes, found, values = difference_weights(order)
         assert found == pytest.approx(weights, abs=1e-12)
         assert nodes == sorted(weights)
-        assert sum(values.values()) == pytest.approx(1.0) and 0 not in values
+        assert sum(values.values()) == pytest.approx(1.0)
+        assert 0 not in values
 
 
 def test_f2ba_gradient_is_its_formula(ref):
@@ -373,7 +374,8 @@ def test_restore_and_dtype(ref, make):
     ev = oracle.evaluate()
     assert error(single.gradient, ev.gradient) < 1e-3  # penalty 10 times float32 rounding of the differences
     again = oracle.restore(ev.state_dict())
-    assert torch.equal(again.gradient, ev.gradient) and torch.equal(again.lower.y, ev.lower.y)
+    assert torch.equal(again.gradient, ev.gradient)
+    assert torch.equal(again.lower.y, ev.lower.y)
     with pytest.raises(tb.ConfigError, match="no hyper-Hessian"):
         ev.hessian  # noqa: B018
 

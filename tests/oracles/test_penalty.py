@@ -34,7 +34,8 @@ def test_bias_falls_as_a_power_of_the_penalty(scheme, order, name, make, expecte
         found = {"value": ev.value, "gradient": ev.gradient, "hessian": ev.hessian.to_dense()}
         errors = {key: error(found[key], getattr(exact, key)) for key in found}
         if min(errors.values()) < 2e-9:  # what follows is rounding of the central scheme, not bias
-            assert scheme == "central" and penalty >= 1e4
+            assert scheme == "central"
+            assert penalty >= 1e4
             break
         penalties.append(penalty)
         for key in errors:
@@ -179,7 +180,8 @@ def test_costs(make):
     problem = make("smooth")
     oracle = tb.PenaltyOracle(problem, 1e3, "forward")
     ev = oracle.evaluate()
-    assert ev.counts.evaluations == 1 and ev.counts.lower_solves == 1
+    assert ev.counts.evaluations == 1
+    assert ev.counts.lower_solves == 1
     assert ev.counts.factorisations >= 1
     evaluated = ev.counts.copy()
     H = ev.hessian
@@ -189,8 +191,10 @@ def test_costs(make):
     H.matmat(torch.randn(6, 3, dtype=torch.float64))
     block = ev.counts.copy()
     assert made.lower_solves == evaluated.lower_solves
-    assert single.solves - made.solves == 2 and block.solves - single.solves == 6
-    assert single.lower_gradients == made.lower_gradients and block.lower_gradients == made.lower_gradients
+    assert single.solves - made.solves == 2
+    assert block.solves - single.solves == 6
+    assert single.lower_gradients == made.lower_gradients
+    assert block.lower_gradients == made.lower_gradients
     assert ev.counts.as_dict() == oracle.counts.as_dict()
 
 

@@ -52,16 +52,19 @@ def test_its_iterate_takes_one_gradient_step_from_the_old_x_and_y():
         y = y - step * grad(ref.g, 1)(x, y)
         assert error(oracle.warm["y"], y) < 1e-12
         x = x + 0.1
-    assert oracle.counts.lower_gradients == 6 and oracle.counts.lower_solves == 0
+    assert oracle.counts.lower_gradients == 6
+    assert oracle.counts.lower_solves == 0
     assert oracle.counts.solves == 6
 
 
 def test_repeated_at_one_point_it_becomes_exact():
     ref = smooth()
     exact, oracle = ref.implicit(), SingleLoopOracle(problem_at(ref, ref.y0))
-    assert oracle.single_loop and not tb.ImplicitOracle(problem_at(ref, ref.y0)).single_loop
+    assert oracle.single_loop
+    assert not tb.ImplicitOracle(problem_at(ref, ref.y0)).single_loop
     errors = [float((oracle.evaluate().gradient - exact.gradient).norm()) for _ in range(40)]
-    assert errors[-1] < 1e-10 and errors[-1] < 1e-6 * errors[0]
+    assert errors[-1] < 1e-10
+    assert errors[-1] < 1e-6 * errors[0]
 
 
 def test_a_newton_step_that_diverges_is_halved():

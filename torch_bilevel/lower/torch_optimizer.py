@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, final
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor

@@ -214,10 +214,10 @@ def AUTO(
 ) -> Auto:
     """L-BFGS on exact hypergradients while far, then cubic Newton steps with a lazy Hessian. Ours.
 
-    The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades of
-    gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls reckoned
-    from the counts so far. The rate is believed once measured over six steps and an eighth of that finish. Where its
-    steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
+    The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades
+    of gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls
+    reckoned from the counts so far. The rate is believed once measured over six steps and an eighth of that finish.
+    Where its steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Callable, final
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor

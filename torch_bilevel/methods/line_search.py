@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 SUFFICIENT, CURVATURE = 1e-4, 0.9
 MAX_TRIALS = 25

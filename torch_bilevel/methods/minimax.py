@@ -93,7 +93,8 @@ def IMCN(
     Chebyshev expansion of order K = O(sqrt kappa log), the cubic subproblem by gradient descent from the Cauchy point,
     a final solver when the model decrease falls below sqrt(eps^3 / M) / 128.
 
-    Published settings: subproblem='gradient', eps=..., chebyshev_order=K, spectrum=(mu, l), adaptive=False, cubic_reg=M,
+    Published settings: subproblem='gradient', eps=..., chebyshev_order=K, spectrum=(mu, l), adaptive=False,
+        cubic_reg=M,
     lower={'name': 'agd', ...}. Deviations of the defaults: a kept Krylov basis instead of gradient descent, K from the
     tolerance, the spectrum of -f_yy estimated once and kept, M fitted; with ``period``, a lazy Hessian.
 

@@ -13,8 +13,9 @@ from ..linalg import FunctionOperator, LinearOperator
 from ..linalg.lanczos import affordable_basis
 
 KINDS = ("auto", "dense", "krylov", "gradient")
-#: negative curvature beyond this share of |H| that a Krylov model is sure to see (with probability 0.99): 16 products at
-#: dx = 5000, where 0.01 takes 47. What it misses ``minimize`` finds where the gradient vanishes, and hands to ``include``.
+#: negative curvature beyond this share of |H| that a Krylov model is sure to see (with probability 0.99): 16 products
+#: at dx = 5000, where 0.01 takes 47. What it misses ``minimize`` finds where the gradient vanishes, and hands to
+#: ``include``.
 CURVATURE_TOL = 0.1
 #: up to this many hyperparameters 'auto' forms the matrix: the eigendecomposition then serves every step of a period
 MAX_DENSE = 500

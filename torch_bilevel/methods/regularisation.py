@@ -13,10 +13,11 @@ from ..errors import ConfigError
 class Trial:
     """What a tried step showed.
 
-    predicted: decrease of the cubic model (> 0). actual: decrease of the hyper-objective. fit: the coefficient for
-    which the cubic model would have been exact along s, 6 (actual change - quadratic change) / |s|^3. pull: |g| / |s|^2,
-    half the coefficient that makes a step of this length from the gradient alone. reach: |g+| / lambda_min(H) / |s|, how
-    many times longer a next step without regularisation may be; inf where H is not positive definite.
+    predicted: decrease of the cubic model (> 0). actual: decrease of the hyper-objective.
+    fit: the coefficient for which the model would have been exact along s, 6 (actual change - quadratic change) / |s|^3.
+    pull: |g| / |s|^2, half the coefficient that makes a step of this length from the gradient alone.
+    reach: |g+| / lambda_min(H) / |s|, how many times longer a next step without regularisation may be; inf where H is
+        not positive definite.
     """
 
     predicted: float
@@ -66,8 +67,9 @@ class FittedRegularisation:
     A step is accepted when the decrease is at least ``eta`` of the predicted one. The fitted coefficient costs
     nothing, and hardly a step is rejected; fixed shrink-and-grow factors lose half of the evaluations
     (docs/methods.md). Where the fit is nothing beside M (1e-6) and H is positive definite, the function is taken to be
-    quadratic and M goes down to the fit at once. A rejection raises M twofold to tenfold, or to 20 |g| / |s|^2 where M was too small to shorten a step. The first M makes the regularisation as strong as the Hessian at the Newton step,
-    M = 2 |H|^2 / |g|, bounded by |H| per unit length, so that it follows any scaling of values and variables.
+    quadratic and M goes down to the fit at once. A rejection raises M twofold to tenfold, or to 20 |g| / |s|^2 where M
+    was too small to shorten a step. The first M makes the regularisation as strong as the Hessian at the Newton step, M
+    = 2 |H|^2 / |g|, bounded by |H| per unit length, so that it follows any scaling of values and variables.
 
     Args:
         cubic_reg: first M, or None for the rule above.

@@ -14,9 +14,10 @@ class Age:
     """What is known of the Hessian in use.
 
     accepted: steps since it was made. distance: |x - x_snapshot| where the last step began, and last_step: that step's
-    length. last_accepted: whether it was accepted. last_error: |g+ - (g + H s)| / |g|, what the Hessian got wrong of the
-    new gradient, which costs nothing to know; inf where nothing is known. price: oracle calls of a new Hessian, its model
-    included, over those of a step.
+    length. last_accepted: whether it was accepted. last_error: |g+ - (g + H s)| / |g|, what the Hessian got wrong of
+        the
+    new gradient, which costs nothing to know; inf where nothing is known. price: oracle calls of a new Hessian, its
+    model included, over those of a step.
     """
 
     accepted: int = 0

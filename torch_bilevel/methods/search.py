@@ -71,7 +71,9 @@ class Parzen(Proposer):
         for x, value in tried[self.told :]:
             self.study.add_trial(self._frozen(x, value))
         self.told = len(tried)
-        self.study.sampler = _quiet(self.optuna, self.optuna.samplers.TPESampler, seed=self.trial_seed(tried), **self.options)
+        self.study.sampler = _quiet(
+            self.optuna, self.optuna.samplers.TPESampler, seed=self.trial_seed(tried), **self.options
+        )
         params = self._ask()
         return self.box.lo.new_tensor([params[name] for name in self.space])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
