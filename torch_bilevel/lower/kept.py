@@ -38,8 +38,8 @@ class KeptFactor:
 
     Its *levels* are the ranks n / 16 and n / 8 of sketches (for n > 2000, as far as 300 MB go) and n, the Cholesky
     factor (for n <= 12,000). A level is climbed, or a factor that has aged renewed, once the CG iterations that this
-    could have saved have cost as much as it would: never worse than twice the best choice in hindsight (the argument of
-    ski rental), and decided by counts, not by the clock, so that a run is reproducible.
+    could have saved have cost as much as it would (the rule of ski rental), counted, not by the clock, so that a run is
+    reproducible. What the next level saves is reckoned: all but two iterations, or half of them below Cholesky.
 
     Attributes:
         factor: what preconditions now, or None. level: its rank, n for Cholesky, 0 for none.
