@@ -17,7 +17,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "l2_1": {**L2, "groups": 1},
     "l2_10": {**L2, "groups": 10},
     "l2_100": {**L2, "groups": 100},
+    "l2_1000": {**L2, "groups": 1000, "features": 1000},
     "mixture_20": {**FASHION, "sources": 20},
+    "mixture_50": {**FASHION, "sources": 50},
 }
 QUICK_PROBLEMS: dict[str, dict[str, Any]] = {
     "l2_8": {"kind": "l2_groups", "groups": 8, "dataset": "digits", "n_train": 200, "n_val": 200},
