@@ -13,7 +13,7 @@ from experiments.studies.base import Results, Study, Task
 from experiments.studies.tables import markdown
 from experiments.studies.tabulate import file_name, median, packed, unpacked
 
-TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2), (0,)
+TUNING_SEED, SEEDS, QUICK_SEEDS = 100, (0, 1, 2, 3, 4), (0,)
 TUNING_SECONDS, SECONDS, QUICK_SECONDS, LONG_SECONDS = 5.0, 15.0, 0.5, 40.0
 SMALL = {"meta_batch": 2, "judged": 5}
 
