@@ -98,6 +98,47 @@ def test_never_much_dearer_than_the_better_of_its_two_halves(case):
     assert auto.counts.oracle_calls <= 1.3 * min(other.counts.oracle_calls for other in good)
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """An `auto` that tries a second-order finish at the first opportunity: where Hessians are dear it is a mistake."""
+    monkeypatch.setattr("torch_bilevel.methods.auto.FINISH_HESSIANS", 0.01)
+    monkeypatch.setattr("torch_bilevel.methods.auto.FINISH_EVALUATIONS", 1)
+    monkeypatch.setattr("torch_bilevel.methods.auto.STAKE", float("inf"))
+
+
+def phases(result: tb.Result) -> list[bool]:
+    """Per step, whether it was of second order (those alone report an M)."""
+    return [report.cubic_reg == report.cubic_reg for report in result.history[1:]]
+
+
+def test_goes_back_to_lbfgs_from_a_finish_that_is_slower_and_then_waits(hasty):
+    problem = synthetic.build(synthetic.Config(n=200, condition=100.0), 0)
+    seen = phases(tb.minimize(problem, "auto", max_steps=150, gradient_tol=1e-5))
+    changes = [i for i in range(1, len(seen)) if seen[i] != seen[i - 1]]
+    assert len(changes) >= 2
+    assert not seen[0]
+    lbfgs = tb.minimize(synthetic.build(synthetic.Config(n=200, condition=100.0), 0), "lbfgs", max_steps=150, gradient_tol=1e-5)
+    run = tb.minimize(synthetic.build(synthetic.Config(n=200, condition=100.0), 0), "auto", max_steps=300, gradient_tol=1e-5)
+    assert run.history[-1].counts.oracle_calls <= 2 * lbfgs.counts.oracle_calls
+
+
+def test_resume_after_going_back_is_bit_for_bit(hasty, tmp_path):
+    def go(steps, **kwargs):
+        problem = synthetic.build(synthetic.Config(n=200, condition=100.0), 0)
+        return tb.minimize(problem, "auto", max_steps=steps, gradient_tol=0.0, **kwargs)
+
+    whole = go(45)
+    seen = phases(whole)
+    back = next(i for i in range(1, len(seen)) if seen[i - 1] and not seen[i])
+    for stop in (back - 1, back + 2):  # within the trial, and after it
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        go(stop, checkpoint=folder / "run.pt")
+        resumed = go(45, checkpoint=folder / "run.pt", resume=True)
+        assert torch.equal(resumed.x, whole.x)
+        assert resumed.counts.as_dict() == whole.counts.as_dict()
+
+
 def test_bounds_are_kept_in_both_phases():
     problem, seen = nonconvex().problem(), []
     result = tb.minimize(problem, "auto", bounds=(-0.5, 0.8), max_steps=60,
@@ -123,6 +164,17 @@ def test_resume_in_both_phases_is_bit_for_bit(stop, tmp_path):
     assert torch.equal(resumed.y, whole.y)
     assert resumed.counts.as_dict() == whole.counts.as_dict()
     assert [r.value for r in resumed.history] == [r.value for r in whole.history]
+
+
+def test_a_hessian_is_not_tried_before_twice_its_price_is_spent():
+    problem = hyper_cleaning().problem()
+    run = tb.make_method("auto").start(problem)
+    while not run.is_second_order and run.steps < 60:
+        price, spent = run.hessian_cost(), run.counts.evaluations
+        run.step()
+    assert run.is_second_order
+    assert run.steps < 60
+    assert price <= 0.5 * spent
 
 
 def test_hessian_cost_follows_the_counts():

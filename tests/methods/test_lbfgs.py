@@ -138,6 +138,42 @@ def test_converges(case, steps):
         assert result.value - case.minimum < 1e-11
 
 
+def first_trial(scale: float, x0: float = 0.0, offset: float = 0.0) -> float:
+    """How far x goes in the first trial on scale ((x - 30)^2 / 2 + 50 + offset), y* = x."""
+    one = torch.ones(1, dtype=torch.float64)
+    problem = tb.BilevelProblem.from_functions(
+        lambda x, y: scale * ((y - 30) ** 2 / 2 + 50 + offset).sum(), lambda x, y: ((y - x) ** 2).sum() / 2, x0 * one, 0 * one
+    )
+    run, seen = tb.LBFGS().start(problem), []
+    evaluate = run.oracle.evaluate
+    run.oracle.evaluate = lambda x: seen.append(float(x)) or evaluate(x)
+    run.step()
+    return seen[1] - x0
+
+
+def test_the_first_length_does_not_depend_on_the_scale_of_the_value():
+    """A tenth off the value takes 0.1 * 500 / 30 = 17 units at x = 0, where one is allowed, and 0.1 * 50.5 at 29."""
+    assert first_trial(1.0) == pytest.approx(1.0)
+    for scale in (1e-6, 1.0, 1e2):
+        assert first_trial(scale, 29.0) == pytest.approx(0.1 * 50.5)
+    assert first_trial(1.0, 0.0, offset=1e9) == pytest.approx(1.0)  # a large constant in the value: one unit of x
+    assert first_trial(1e-3, 20.0, offset=-50.0) == pytest.approx(0.5)
+
+
+def test_a_tiny_gradient_costs_no_search_for_a_length():
+    """A mean over many samples: each hyperparameter has a gradient of 1e-6 and wants to move by about 1."""
+    n = 2000
+    target = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    problem = tb.BilevelProblem.from_functions(
+        lambda x, y: ((y - target.to(y)) ** 2).mean() + 0.1, lambda x, y: ((y - x) ** 2).sum() / 2,
+        torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64),
+    )  # fmt: skip
+    run = tb.LBFGS().start(problem)
+    run.step()
+    assert run.counts.evaluations <= 3  # a step of length 1 along the gradient would be 1e-3 of what is wanted
+    assert (run.x - target).abs().mean() < 1.4
+
+
 def test_every_trial_is_counted():
     run = tb.LBFGS().start(nonconvex().problem())
     calls = []

@@ -168,11 +168,29 @@ def test_lower_solvers_without_a_tolerance_are_refused(lower):
         ImplicitOracle(one_by_one().problem(), lower=lower, accuracy=0.1)
 
 
+def test_auto_is_on_demand_where_systems_are_iterated(monkeypatch):
+    def theta(**options):
+        accuracy = ImplicitOracle(one_by_one().problem(), accuracy="auto", **options).accuracy
+        return None if accuracy is None else accuracy.theta
+
+    assert theta() is None  # a factor
+    assert theta(solver="cholesky") is None
+    assert theta(solver="cg") == 0.1
+    assert theta(solver="cg", lower="external") is None
+    assert theta(solver="cg", lower={"name": "agd", "steps": 5}) is None
+    monkeypatch.setattr("torch_bilevel.oracles.implicit.is_exact", lambda n: False)
+    assert theta() == 0.1
+    run = tb.methods.make_method("auto", {}).start(one_by_one().problem())
+    assert run.oracle.accuracy.theta == 0.1
+    assert tb.methods.make_method("auto", {"accuracy": None}).start(one_by_one().problem()).oracle.accuracy is None
+
+
 def test_it_is_for_bilevel_problems():
     one = torch.ones(1, dtype=torch.float64)
     problem = tb.MinimaxProblem.from_functions(lambda x, y: (x * y - y**2 / 2).sum(), 3 * one, 0 * one)
     with pytest.raises(tb.ConfigError, match="accuracy"):
         tb.minimize(problem, "auto", accuracy=0.1)
+    assert tb.minimize(problem, "auto", accuracy="auto").status.converged
 
 
 @pytest.mark.parametrize("method", ["dlcrn", "auto", "lbfgs", "adam", "sgd"])

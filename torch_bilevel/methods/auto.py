@@ -1,4 +1,4 @@
-"""auto: quasi-Newton while far, second-order to leave saddles, to finish where that is cheaper, and to certify."""
+"""auto: quasi-Newton while far, second-order to leave saddles, to finish where that proves cheaper, and to certify."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from .second_order import for_steps
 WINDOW, WINDOW_SHARE = 6, 1 / 8
 #: what a second-order finish is reckoned to need: Hessians, evaluations, decades of gradient it is compared over.
 FINISH_HESSIANS, FINISH_EVALUATIONS, FINISH_DECADES = 4, 10, 4
+#: share of what has been spent that the first Hessian of a finish may cost, so that a mistake costs little
+STAKE = 0.5
+#: after a finish that was slower L-BFGS has so many times what it cost before another; twice as many after each.
+PATIENCE = 2
 #: products of a typical Krylov model.
 KRYLOV_PRODUCTS = 40
 #: a function is quadratic along a step where the trapezoid rule is exact to this; one Hessian is then a finish where it
@@ -49,7 +53,7 @@ class Auto(Method):
 
 @final
 class AutoRun(Run):
-    """An LBFGSRun, later a CubicNewtonRun, on one oracle; there is no way back."""
+    """An LBFGSRun, then a CubicNewtonRun, on one oracle; back where L-BFGS proves to have been faster."""
 
     def __init__(self, method: Auto, problem: BilevelProblem, oracle: HyperOracle, *, seed: int, bounds: Any):
         self.method, self.seed, self._bounds = method, seed, bounds
@@ -57,9 +61,11 @@ class AutoRun(Run):
             self.active: Run = CubicNewtonRun(method.then, problem, oracle, seed=seed, bounds=bounds)
         else:
             self.active = LBFGSRun(method.first, problem, oracle, seed=seed, bounds=bounds)
-        self._norms: list[float] = []
-        self._evaluations: list[int] = []
+        self._path: list[tuple[float, float, int, int]] = []  # of L-BFGS: value, |gradient|, evaluations, oracle calls
         self._quadratic = False
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._trial: dict[str, Any] | None = None  # of a second phase that must prove itself
+        self._failed, self._wait = 0, 0  # finishes that were slower, and the oracle calls before which there is no other
 
     @property
     def is_second_order(self) -> bool:
@@ -67,11 +73,15 @@ class AutoRun(Run):
         return isinstance(self.active, CubicNewtonRun)
 
     def step(self) -> StepReport:
+        if self.is_second_order:
+            self._judge()
         if not self.is_second_order:
-            if not self._norms:
+            if not self._path:
                 self._record()
-            if self._norms[-1] == 0.0 or self._slow() or (self._quadratic and self.hessian_cost() <= QUADRATIC_PRICE):
+            if self._path[-1][1] == 0.0 or (self._quadratic and self.hessian_cost() <= QUADRATIC_PRICE):
                 self._go_second_order()
+            elif self.counts.oracle_calls >= self._wait and self._slow():
+                self._go_second_order(on_trial=True)
         before = self.active.current()
         report = self.active.step()
         if not self.is_second_order:
@@ -80,6 +90,8 @@ class AutoRun(Run):
             if report.stalled:
                 self._go_second_order()
                 report.stalled = False
+        elif self._trial is not None:
+            self._trial["norm"] = min(self._trial["norm"], report.gradient_norm)
         return report
 
     def may_stop(self, eps: float) -> bool:
@@ -89,27 +101,48 @@ class AutoRun(Run):
         return self.active.tighten()
 
     def _record(self) -> None:
-        self._norms.append(self.active.stationarity())
-        self._evaluations.append(self.counts.evaluations)
+        value = float(self.active.current().value)
+        self._path.append((value, self.active.stationarity(), self.counts.evaluations, self.counts.oracle_calls))
 
     def _slow(self) -> bool:
-        """Whether L-BFGS, at its rate of late, would pay more for four decades of gradient than a finish costs.
+        """Whether L-BFGS, at its rate of late, would pay more for four decades of gradient than a finish costs."""
+        window = self._window()
+        if window is None or self.hessian_cost() > STAKE * self.counts.evaluations:
+            return False
+        spent, decades = self._path[-1][2] - self._path[-1 - window][2], self._decades(window)
+        return decades <= 0 or FINISH_DECADES * spent / decades > self._finish_cost()
 
-        Of late: over an eighth of the evaluations that a finish costs, since |gradient| goes up and down on the way.
-        """
-        norms, evaluations = self._norms, self._evaluations
-        if len(norms) <= WINDOW:
-            return False
-        finish = FINISH_HESSIANS * self.hessian_cost() + FINISH_EVALUATIONS
-        window = WINDOW
-        while window < len(norms) - 1 and evaluations[-1] - evaluations[-1 - window] < WINDOW_SHARE * finish:
+    def _window(self) -> int | None:
+        """The last steps that took an eighth of the evaluations that a finish costs, since |gradient| goes up and down
+        on the way; None before there are so many."""
+        evaluations = [point[2] for point in self._path]
+        if len(evaluations) <= WINDOW:
+            return None
+        least, window = WINDOW_SHARE * self._finish_cost(), WINDOW
+        while window < len(evaluations) - 1 and evaluations[-1] - evaluations[-1 - window] < least:
             window += 1
-        spent = evaluations[-1] - evaluations[-1 - window]
-        if spent < WINDOW_SHARE * finish:
-            return False
-        now, then = min(norms[-window:]), min(norms[:-window])
-        decades = math.log10(then / now) if now > 0 else math.inf
-        return decades <= 0 or FINISH_DECADES * spent / decades > finish
+        return window if evaluations[-1] - evaluations[-1 - window] >= least else None
+
+    def _decades(self, window: int) -> float:
+        """Decades of gradient gained over the last ``window`` steps of L-BFGS."""
+        norms = [point[1] for point in self._path]
+        return decades(min(norms[:-window]), min(norms[-window:]))
+
+    def _finish_cost(self) -> float:
+        return FINISH_HESSIANS * self.hessian_cost() + FINISH_EVALUATIONS
+
+    def _judge(self) -> None:
+        """Before a second Hessian: back to L-BFGS where it gained more, by value and by gradient, for as many calls."""
+        trial, active = self._trial, self.active
+        if trial is None or active.model is None or not active.method.schedule.due(active.age):
+            return
+        self._trial, calls = None, self.counts.oracle_calls
+        spent = calls - trial["calls"]
+        gained = trial["value"] - float(active.current().value), decades(trial["before"], trial["norm"])
+        if all(now < rate * spent for now, rate in zip(gained, trial["rates"])):
+            self._failed += 1
+            self._wait = calls + PATIENCE**self._failed * spent
+            self._go_first_order()
 
     def hessian_cost(self) -> float:
         """A hyper-Hessian in evaluations, both in oracle calls: what its model and its lower factor would take over what an
@@ -126,9 +159,28 @@ class AutoRun(Run):
             calls = min(KRYLOV_PRODUCTS, dx) * per_product
         return (calls + (dy if factored else 0)) / max(per_evaluation, 1.0)
 
-    def _go_second_order(self) -> None:
+    def _go_second_order(self, on_trial: bool = False) -> None:
+        """For good, or for as long as that is faster than L-BFGS was."""
+        self._trial = None
+        if on_trial:
+            window = self._window()
+            value, _, _, calls = self._path[-1]
+            value_then, _, _, lately = self._path[-1 - window // 2]  # values fall steadily: a shorter time tells
+            best, spent = min(point[1] for point in self._path), calls - self._path[-1 - window][3]
+            rates = [(value_then - value) / max(1, calls - lately), max(0.0, self._decades(window)) / max(1, spent)]
+            self._trial = {"rates": rates, "calls": calls, "value": value, "before": best, "norm": best}
+        self._pairs = self.active.pairs
+        self._change(CubicNewtonRun(self.method.then, self.problem, self.oracle, seed=self.seed, bounds=self._bounds))
+
+    def _go_first_order(self) -> None:
+        """Back to L-BFGS, with the pairs it had."""
+        run = LBFGSRun(self.method.first, self.problem, self.oracle, seed=self.seed, bounds=self._bounds)
+        run.pairs, self._trial = self._pairs, None
+        self._path, self._quadratic = [], False
+        self._change(run)
+
+    def _change(self, new: Run) -> None:
         old = self.active
-        new = CubicNewtonRun(self.method.then, old.problem, old.oracle, seed=self.seed, bounds=self._bounds)
         new.x, new.evaluation, new.steps, new.scale = old.x, old.evaluation, old.steps, old.scale
         self.active = new
 
@@ -136,6 +188,7 @@ class AutoRun(Run):
         """Curvature was found where the gradient vanishes: only the second phase can leave."""
         if not self.is_second_order:
             self._go_second_order()
+        self._trial = None
         self.active.expect_new_hessian(direction)
 
     # -- the active run's own --------------------------------------------------------------------------------------
@@ -181,16 +234,22 @@ class AutoRun(Run):
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "method": "auto", "second": self.is_second_order, "active": self.active.state_dict(),
-                "norms": list(self._norms), "evaluations": list(self._evaluations),
-                "quadratic": self._quadratic}  # fmt: skip
+                "path": list(self._path), "quadratic": self._quadratic,
+                "pairs": [list(pair) for pair in self._pairs], "trial": self._trial,
+                "waits": [self._failed, self._wait]}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check_method(state)
-        if state["second"] and not self.is_second_order:
-            self._go_second_order()
+        if state["second"] != self.is_second_order:
+            self._go_second_order() if state["second"] else self._go_first_order()
         self.active.load_state_dict(state["active"])
-        self._norms, self._evaluations = list(state["norms"]), list(state["evaluations"])
-        self._quadratic = state["quadratic"]
+        self._path, self._quadratic = [tuple(point) for point in state["path"]], state["quadratic"]
+        self._pairs, self._trial = [(s, y) for s, y in state["pairs"]], state["trial"]
+        self._failed, self._wait = state["waits"]
+
+
+def decades(before: float, after: float) -> float:
+    return math.log10(before / after) if after > 0 else math.inf
 
 
 def is_quadratic(before: Evaluation, after: Evaluation) -> bool:
@@ -216,18 +275,21 @@ def AUTO(
 
     The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades
     of gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls
-    reckoned from the counts so far. The rate is believed once measured over six steps and an eighth of that finish.
+    reckoned from the counts so far. The rate is believed once measured over six steps and an eighth of that finish, and
+    the first Hessian may cost half of what has been spent.
     Where its steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
+    A second phase that was begun for speed must prove it: before its second Hessian the decrease of value and gradient
+    by the first is compared with that of L-BFGS for as many oracle calls. If both are less, the run goes back to
+    L-BFGS, which then has at least twice (four times, eight times, ...) the calls of that trial.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.
-        oracle: options of the problem's exact oracle (ImplicitOracle; MinimaxOracle for a minimax problem).
+        oracle: options of the problem's exact oracle (ImplicitOracle; MinimaxOracle for a minimax problem). Its
+            ``accuracy`` is 'auto' here: where systems are iterated (dy > 2000), gradients good to a tenth until the end.
 
     References: Liu and Nocedal 1989; Cartis, Gould, Toint 2011; Doikov, Chayti, Jaggi 2023. The switch is ours.
     """
-
-
-    oracle = for_steps(oracle)
+    oracle = {"accuracy": "auto", **for_steps(oracle)}
     then = CubicNewton(
         "auto", lambda problem: problem.exact_oracle(**oracle), FittedRegularisation(cubic_reg), make_schedule(period),
         hessian=hessian, model_tol=model_tol, max_basis=max_basis,

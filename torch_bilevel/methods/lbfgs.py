@@ -19,6 +19,10 @@ from .registry import register
 from .second_order import oracle_options
 
 
+#: share of the value that the first step along a gradient foresees as its decrease
+FORESEEN = 0.1
+
+
 @final
 class LimitedMemoryBFGS(Method):
     """x+ = x + a d, d = -(limited-memory BFGS inverse) gradient; see ``LBFGS``, its constructor by name."""
@@ -73,10 +77,15 @@ class LBFGSRun(Run):
         value = float(ev.value)
         tol = self.oracle.lower_tol if self.oracle.lower_tol is not None else tolerance_of_step(self.x.dtype)
         noise = 10 * tol * abs(value) + ev.value_bound  # of values at lower solutions that are good to tol
-        first = self.method.lr * self.scale
-        if not self.pairs:
-            first *= min(1.0, 1.0 / float(direction.abs().sum()))
+        first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction))
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
+
+    def _first_length(self, value: float, direction: Tensor) -> float:
+        """A first length along the gradient, whatever the scales of value and x: it foresees a tenth off the value, but
+        moves no component of x by more than max(1, |x|_inf); at least the customary min(1, 1 / |g|_1)."""
+        sizes = [direction.abs().sum(), direction.abs().max(), torch.linalg.vector_norm(direction), self.x.abs().max()]
+        total, largest, norm, reach = torch.stack(sizes).tolist()
+        return max(min(1.0, 1.0 / total), min(FORESEEN * abs(value) / norm**2, max(1.0, reach) / largest))
 
     def _try(self, ev: Evaluation, length: float, direction: Tensor) -> Trial:
         """The trial at P(x + length d); a component held by a bound there no longer counts in the slope."""
@@ -132,7 +141,8 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, **oracle: Any) -> LimitedMemoryB
     stalled.
 
     Args:
-        lr: first length tried (the first iteration's is divided by |g|_1 where that is above 1), default 1.
+        lr: first length tried, default 1; along a gradient (the first iteration) times a length that foresees a tenth
+            off the value and moves no hyperparameter by more than max(1, |x|_inf).
         memory: pairs kept, default 10.
         oracle: options of ImplicitOracle.
 

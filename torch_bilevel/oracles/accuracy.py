@@ -16,9 +16,9 @@ from ..errors import ConfigError
 from ..lower import LowerSolver
 from .evaluation import Evaluation, HyperOracle, require_solution
 
-#: the norms come from power iterations, which approach them from below: the factor by which they are raised, iterations
-#: at first and later, and the evaluations that an estimate serves at first (each serves twice as many, up to LASTS)
-SAFETY, FIRST, LATER, SERVES, LASTS = 2.0, 2, 1, 2, 20
+#: the norms come from power iterations, which approach them from below: the factor by which they are raised, the
+#: evaluations that an estimate serves at first (each serves twice as many, up to LASTS), relative residual of its solves
+SAFETY, SERVES, LASTS, ROUGH = 2.0, 2, 20, 0.1
 #: share of the allowed error that a solve aims at, and evaluations of one point before the tolerances are the default
 AIM, ROUNDS = 0.5, 3
 #: relative residual of a first lower solve and of any adjoint solve at most
@@ -53,13 +53,13 @@ class Accuracy:
     Raises:
         ConfigError: theta outside (0, 1), or a lower solver with a set amount of work.
 
-    Cost: nothing but the estimates: two gradients and 8 solves to 1e-2 per iteration.
+    Cost: nothing but the estimates: two gradients and 8 solves to 0.1 each, 5 the first time.
     """
 
     def __init__(self, theta: float, solver: LowerSolver):
         if not (isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < 1):
-            raise ConfigError(f"accuracy: expected a number in (0, 1), or None for fixed tolerances, got {theta!r}")
-        if not (solver.takes_residual and solver.reaches_tolerance):
+            raise ConfigError(f"accuracy: expected a number in (0, 1), 'auto', or None for fixed tolerances, got {theta!r}")
+        if not self.suits(solver):
             raise ConfigError(
                 "accuracy: needs a lower solver that iterates to a tolerance ('newton_cg', or 'agd' or 'gradient_descent'"
                 f" without steps), got {type(solver).__name__}"
@@ -69,6 +69,11 @@ class Accuracy:
         self.vectors: dict[str, Tensor] = {}
         self.size, self.trend, self.floor = math.nan, 1.0, 0.0
         self.age, self.serves = 0, SERVES
+
+    @staticmethod
+    def suits(solver: LowerSolver) -> bool:
+        """Whether the lower solver iterates to a residual that it is told."""
+        return solver.takes_residual and solver.reaches_tolerance
 
     # -- evaluations ----------------------------------------------------------------------------------------------
 
@@ -126,7 +131,7 @@ class Accuracy:
             at.factor = ev.recorded["at"].factor
 
         def solve(b: Tensor) -> Tensor:
-            return require_solution(oracle.systems.solve(at, b, tol=LOOSE), "norms for accuracy on demand")
+            return require_solution(oracle.systems.solve(at, b, tol=ROUGH), "norms for accuracy on demand")
 
         def Y(u: Tensor) -> Tensor:
             return -solve(at.yx(u))
@@ -143,30 +148,30 @@ class Accuracy:
             self.norms["inverse"] = float(torch.linalg.vector_norm(inverse))
             return solve(L.yy(inverse))
 
-        for _ in range(LATER if self.norms else FIRST):
-            self._iterate("Y", x, Y, Y_t)
-            self._iterate("Q", x, lambda u: solve(L.joint(u, Y(u))[1]), Q_t)
-            self._iterate("S", y, S, None)
+        def Q(u: Tensor) -> Tensor:
+            return solve(L.joint(u, Y(u))[1])
+
+        self._iterate("Y", Y, Y_t, L.gy)  # f_y - g_yy v
+        self._iterate("Q", Q, Q_t, at.gy)
+        self._iterate("S", S, None, at.gy)
         if self.age > self.serves:
             self.serves = min(2 * self.serves, LASTS)
         self.age = 0
 
-    def _iterate(self, name: str, like: Tensor, A: Callable[[Tensor], Tensor], A_t: Callable | None) -> None:
-        """One power iteration with A'A (A_t None: with a symmetric A)."""
+    def _iterate(self, name: str, A: Callable[[Tensor], Tensor], A_t: Callable | None, residual: Tensor) -> None:
+        """One power iteration with A'A (A_t None: with a symmetric A); the first is its second half, near ``residual``."""
         u = self.vectors.get(name)
-        if u is None:
-            u = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
-            u = u / torch.linalg.vector_norm(u)
-        w = A(u)
-        self.norms[name] = norm = float(torch.linalg.vector_norm(w))
-        if not norm > 0:
-            self.vectors[name] = u
-            return
-        new = w if A_t is None else A_t(w / norm)
-        length = torch.linalg.vector_norm(new)
-        self.vectors[name] = new / length
-        if A_t is not None:
-            self.norms[name] = max(norm, float(length))  # |A' w| / |w| >= |A u| / |u|
+        if A_t is None:
+            w = new = A(_start(residual) if u is None else u)
+            norm = float(torch.linalg.vector_norm(w))
+        else:
+            w = _start(residual) if u is None else A(u)
+            norm = 0.0 if u is None else float(torch.linalg.vector_norm(w))  # |A' w| / |w| >= |A u| / |u|
+            new = A_t(w / torch.linalg.vector_norm(w)) if u is None or norm > 0 else w
+            norm = max(norm, float(torch.linalg.vector_norm(new)))
+        self.norms[name] = norm
+        if norm > 0:
+            self.vectors[name] = new / torch.linalg.vector_norm(new)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -177,3 +182,12 @@ class Accuracy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.norms, self.vectors = dict(state["norms"]), dict(state["vectors"])
         self.theta, self.size, self.trend, self.floor, self.age, self.serves = state["numbers"]
+
+
+def _start(residual: Tensor) -> Tensor:
+    """A unit vector halfway between the residual, whose effect is sought, and a random one, which misses nothing."""
+    random = torch.randn(residual.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(residual)
+    size = torch.linalg.vector_norm(residual)
+    random = torch.where(torch.dot(random, residual) < 0, -random, random) / torch.linalg.vector_norm(random)
+    start = random + residual / torch.where(size > 0, size, size + 1)
+    return start / torch.linalg.vector_norm(start)

@@ -11,6 +11,7 @@ from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
 from ..doctor import refuse_third_derivatives
 from ..lower import LowerSystems
+from ..lower.kept import is_exact
 from ..problem import BilevelProblem
 from .accuracy import LOOSE, TIGHT, Accuracy, Goal
 from .evaluation import (
@@ -23,6 +24,9 @@ from .evaluation import (
     require_solution,  # fmt: skip
 )
 from .hessian import HyperHessian
+
+#: what accuracy='auto' takes where evaluations are iterated to a tolerance
+ON_DEMAND = 0.1
 
 
 @final
@@ -37,7 +41,8 @@ class ImplicitOracle(HyperOracle):
     Args: see HyperOracle. ``hessian_tol``: relative residual of the solves inside a Hessian product. ``accuracy``: the
         relative error allowed in the gradient, in (0, 1), say 0.1: lower level and adjoint system are then solved only
         as well as that needs, ``evaluation.gradient_bound`` bounds it to first order (see ``Accuracy``) and the value
-        is L, whose error is of second order. None (default): always to ``lower_tol`` and ``linear_tol``.
+        is L, whose error is of second order. None (default): always to ``lower_tol`` and ``linear_tol``. 'auto' (the
+        default of method ``auto``): 0.1 where systems are iterated (dy > 2000, or solver 'cg' or 'minres'), else None.
 
     Raises:
         UnsupportedLayerError, on first use of ``hessian`` (with ``accuracy``: of ``evaluate``): a layer whose third
@@ -60,9 +65,13 @@ class ImplicitOracle(HyperOracle):
 
     third_derivatives = True
 
-    def __init__(self, problem, *, hessian_tol: float | None = None, accuracy: float | None = None, **options: Any):
+    def __init__(self, problem, *, hessian_tol: float | None = None, accuracy: float | str | None = None, **options: Any):
         super().__init__(problem, **options)
         self.hessian_tol = hessian_tol
+        if accuracy == "auto":
+            solver = self.systems.solver
+            iterated = solver in ("cg", "minres") or solver == "auto" and not is_exact(problem.dy)
+            accuracy = ON_DEMAND if iterated and Accuracy.suits(self.lower_solver) else None
         self.accuracy = None if accuracy is None else Accuracy(accuracy, self.lower_solver)
 
     def evaluate(self, x: Tensor | None = None) -> Evaluation:

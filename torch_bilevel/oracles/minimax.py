@@ -61,7 +61,7 @@ class MinimaxOracle(HyperOracle):
                 f"expected a MinimaxProblem, got {type(problem).__name__}: mcn, lmcn, imcn and gda are for min_x max_y"
                 " f(x, y); for a bilevel problem use lfsba, fsba, ifsba or dlcrn"
             )
-        if options.pop("accuracy", None) is not None:
+        if options.pop("accuracy", None) not in (None, "auto"):
             raise ConfigError("accuracy: for bilevel problems; a minimax gradient needs no adjoint and its lower level is f")
         super().__init__(problem, **options)
         self.hessian_tol = hessian_tol
