@@ -237,3 +237,16 @@ def test_float32_stays_float32_and_settles():
     result = tb.minimize(quadratic().problem(torch.float32), "lbfgs", max_steps=60, gradient_tol=1e-4)
     assert result.x.dtype == torch.float32
     assert result.status is tb.Status.GRADIENT_TOLERANCE
+
+
+def test_the_diagonal_scaling_keeps_the_secant_equation_and_undoes_the_scales_of_the_hyperparameters():
+    gen = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-0.5, 0.5, 6, dtype=torch.float64)
+    pairs = [(s, scales * s) for s in torch.randn(4, 6, generator=gen, dtype=torch.float64)]
+    s, y = pairs[-1]
+    assert torch.allclose(inverse_product(y, pairs, None, "diagonal"), s)
+    one = pairs[-1:]  # a diagonal function: the diagonal is its inverse, whatever the gradient
+    g = torch.randn(6, generator=gen, dtype=torch.float64)
+    assert torch.allclose(inverse_product(g, one, None, "diagonal"), g / scales)
+    with pytest.raises(tb.ConfigError, match="scaling 'diag' is not known"):
+        tb.LBFGS(scaling="diag")

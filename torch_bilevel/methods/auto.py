@@ -271,7 +271,7 @@ def AUTO(
     max_basis: int | None = None,
     **oracle: Any,
 ) -> Auto:
-    """L-BFGS on exact hypergradients while far, then cubic Newton steps with a lazy Hessian. Ours.
+    """L-BFGS (with a diagonal scaling) on exact hypergradients while far, then cubic Newton steps with a lazy Hessian. Ours.
 
     The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades
     of gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls
@@ -294,7 +294,7 @@ def AUTO(
         "auto", lambda problem: problem.exact_oracle(**oracle), FittedRegularisation(cubic_reg), make_schedule(period),
         hessian=hessian, model_tol=model_tol, max_basis=max_basis,
     )  # fmt: skip
-    return Auto(LimitedMemoryBFGS(lr=1.0, memory=memory, oracle=oracle), then, oracle)
+    return Auto(LimitedMemoryBFGS(lr=1.0, memory=memory, scaling="diagonal", oracle=oracle), then, oracle)
 
 
 AUTO.oracle_options = tuple(name for name in options_of("dlcrn") if name not in ("adaptive",))

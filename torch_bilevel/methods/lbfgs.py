@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteError, NotStronglyConvexError, SolverError
+from ..errors import ConfigError, NonFiniteError, NotStronglyConvexError, SolverError, nearest
 from ..lower.systems import tolerance_of_step
 from ..oracles import Evaluation, HyperOracle, ImplicitOracle
 from ..oracles.inexact import at_least, positive
@@ -21,6 +21,8 @@ from .second_order import oracle_options
 
 #: share of the value that the first step along a gradient foresees as its decrease
 FORESEEN = 0.1
+#: initial inverse Hessians of the recursion, and how far a diagonal one may be from its scalar
+SCALINGS, SPREAD = ("scalar", "diagonal"), 10.0
 
 
 @final
@@ -29,8 +31,10 @@ class LimitedMemoryBFGS(Method):
 
     name = "lbfgs"
 
-    def __init__(self, *, lr: float, memory: int, oracle: dict[str, Any]):
-        self.lr, self.memory = positive("lr", lr), at_least("memory", memory, 1)
+    def __init__(self, *, lr: float, memory: int, scaling: str, oracle: dict[str, Any]):
+        if scaling not in SCALINGS:
+            raise ConfigError(f"scaling {scaling!r} is not known; {nearest(scaling, SCALINGS)}")
+        self.lr, self.memory, self.scaling = positive("lr", lr), at_least("memory", memory, 1), scaling
         self.oracle = oracle
 
     def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> LBFGSRun:
@@ -55,7 +59,7 @@ class LBFGSRun(Run):
         gradient = ev.gradient if free is None else torch.where(free, ev.gradient, torch.zeros_like(ev.gradient))
         found = None
         while found is None:
-            direction = -inverse_product(gradient, self.pairs, free)
+            direction = -inverse_product(gradient, self.pairs, free, self.method.scaling)
             slope = float(torch.dot(gradient, direction))
             if slope < 0:
                 found = self._search(ev, direction, slope)
@@ -110,7 +114,9 @@ class LBFGSRun(Run):
         self.pairs = [(s, y) for s, y in state["pairs"]]
 
 
-def inverse_product(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], free: Tensor | None) -> Tensor:
+def inverse_product(
+    gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], free: Tensor | None, scaling: str = "scalar"
+) -> Tensor:
     """The L-BFGS inverse Hessian times the gradient by the two-loop recursion, on the free variables.
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4.
@@ -125,14 +131,27 @@ def inverse_product(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], free: 
         q = q - alpha * y
     if pairs:
         s, y = pairs[-1]
-        q = q * (torch.dot(s, y) / torch.dot(y, y))
+        scalar = torch.dot(s, y) / torch.dot(y, y)
+        q = q * (scalar if scaling == "scalar" else _diagonal(pairs, scalar))
     for (s, y), alpha in zip(pairs, reversed(alphas)):
         q = q + (alpha - torch.dot(y, q) / torch.dot(s, y)) * s
     return q
 
 
+def _diagonal(pairs: list[tuple[Tensor, Tensor]], scalar: Tensor) -> Tensor:
+    """Per component the root mean square of s over that of y, brought to the mean curvature of the last pair.
+
+    Where a hyperparameter's gradient changes little as it moves, it may move further. Within ten times the scalar.
+    """
+    _, y = pairs[-1]
+    moved, changed = (torch.stack([pair[i] for pair in pairs]).square().sum(0) for i in (0, 1))
+    ratio = (moved / changed.clamp_min(torch.finfo(y.dtype).tiny)).sqrt()
+    mean = torch.dot(y, ratio * y) / torch.dot(y, y)
+    return (ratio * (scalar / mean)).clamp(scalar / SPREAD, scalar * SPREAD)
+
+
 @register("lbfgs")
-def LBFGS(*, lr: float = 1.0, memory: int = 10, **oracle: Any) -> LimitedMemoryBFGS:
+def LBFGS(*, lr: float = 1.0, memory: int = 10, scaling: str = "scalar", **oracle: Any) -> LimitedMemoryBFGS:
     """L-BFGS with a strong-Wolfe line search on exact hypergradients: the strong yardstick of practice.
 
     d = -H g by the two-loop recursion over the last ``memory`` pairs (s, y) with s'y > 0, then a length that
@@ -144,6 +163,8 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, **oracle: Any) -> LimitedMemoryB
         lr: first length tried, default 1; along a gradient (the first iteration) times a length that foresees a tenth
             off the value and moves no hyperparameter by more than max(1, |x|_inf).
         memory: pairs kept, default 10.
+        scaling: initial inverse Hessian of the recursion: 'scalar', s'y / y'y of the last pair (default, as in the book), or
+            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, within ten times the scalar.
         oracle: options of ImplicitOracle.
 
     Cost of a step: one evaluation per trial length, mostly one.
@@ -151,7 +172,7 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, **oracle: Any) -> LimitedMemoryB
     References: Liu and Nocedal 1989; Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 7.4,
         7.5.
     """
-    return LimitedMemoryBFGS(lr=lr, memory=memory, oracle=oracle)
+    return LimitedMemoryBFGS(lr=lr, memory=memory, scaling=scaling, oracle=oracle)
 
 
 LBFGS.oracle_options = oracle_options(ImplicitOracle, "hessian_tol")
