@@ -52,7 +52,7 @@ def test_clipped_weights(method, kind):
     assert bool((reference.gradient[result.x == 1] <= 1e-5).all())
     assert result.gradient_norm <= 1e-6  # the projected one
     values = [report.value for report in result.history]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(values, values[1:]))
+    assert all(later <= earlier + 1e-10 for earlier, later in zip(values, values[1:]))  # y is good to 1e-10
 
 
 def test_as_good_as_lbfgsb():
