@@ -95,6 +95,12 @@ class Objective:
 
         return with_tangent
 
+    @property
+    def kind(self) -> str:
+        """Which terms it has: letters of 'f', 'g' and 't' (the one with the tangent)."""
+        terms = (self.upper, self.lower, self.tangent is not None)
+        return "".join(letter for letter, has in zip("fgt", terms) if has)
+
     def _count(self, kind: str, number: int = 1) -> None:
         """One call of each level; <g_y, v> alone is a product when its value or gradient is taken, not a gradient."""
         for level, used in self.uses.items():
@@ -136,12 +142,13 @@ class Linearisation:
     Attributes:
         value (), gx (dx,) or None, gy (dy,) or None.
         factor, prepared: what ``LowerSystems`` knows of this point: the factor of h_yy here, or None, and whether it
-            was decided that one be made for many solves.
+            was decided that one be made for many solves. outputs: the ``OutputHessian`` here, once it was asked for.
     """
 
     def __init__(self, objective: Objective, x: Tensor, y: Tensor, wrt: str = "xy"):
         self.factor: Any = None
         self.prepared = False
+        self.outputs: Any = None
         self.objective, self.x, self.y, self.wrt = objective, x.detach(), y.detach(), wrt
         objective._count("gradients")
         self._graph = None

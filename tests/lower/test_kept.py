@@ -12,7 +12,7 @@ from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import CholeskyFactor, NystromPreconditioner, Solution, SolveStatus
 from torch_bilevel.lower import LowerSystems, kept
-from torch_bilevel.lower.kept import KeptFactor
+from torch_bilevel.lower.kept import KeptFactor, Ladder
 
 N = 400
 
@@ -66,7 +66,7 @@ def test_a_making_never_costs_more_than_what_was_spent_before_it(decaying):
     systems, spent = LowerSystems(), 0.0
     for seed in range(12):
         level = systems.kept.level
-        before = systems.kept.spent
+        before = systems.kept.missed
         solve(systems, decaying, seed)
         if systems.kept.level != level:
             assert before * kept.BLOCK_DISCOUNT > systems.kept.level
@@ -76,38 +76,40 @@ def test_a_making_never_costs_more_than_what_was_spent_before_it(decaying):
 
 def test_an_aged_sketch_is_renewed_at_its_level(decaying, monkeypatch):
     monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: [100]))
-    keeper = KeptFactor()
+    keeper, ladder = KeptFactor(), Ladder.plain(N, torch.float64)
     at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
     keeper.make(100, LowerSystems().operator(at), at)
 
     def seen(iterations: int) -> None:
         keeper.observe(Solution(x=at.gy, status=SolveStatus.CONVERGED, residual=at.value, iterations=iterations,
-                                products=0, solver="cg"), 1e-4, 1)  # fmt: skip
+                                products=0, solver="cg"), 1e-4, 1, ladder)  # fmt: skip
 
     for _ in range(kept.FRESH_SOLVES):
         seen(20)
-    assert keeper.due(N, torch.float64) is None  # nothing above it, and it has not aged
-    while keeper.spent * kept.BLOCK_DISCOUNT <= 100:
+    for _ in range(10):
         seen(20)
-    assert keeper.due(N, torch.float64) is None
-    seen(60)
-    assert keeper.due(N, torch.float64) == 100
+    assert keeper.due(ladder) is None  # nothing above it, and it has not aged
+    seen(45)
+    seen(45)
+    assert keeper.due(ladder) is None  # 50 iterations more than when new: the price of 100 block products
+    seen(21)
+    assert keeper.due(ladder) == 100
 
 
 def test_a_model_asks_for_a_factor_only_where_its_solves_pay(decaying):
-    keeper = KeptFactor()
-    assert keeper.due_for_model(50, torch.float64) == 50  # small: always
+    keeper, ladder = KeptFactor(), Ladder.plain(N, torch.float64)
+    assert keeper.due_for_model(Ladder.plain(50, torch.float64)) == 50  # small: always
     at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
     keeper.make(N, LowerSystems().operator(at), at)
 
     def rate(iterations: int) -> None:
         keeper.observe(Solution(x=at.gy, status=SolveStatus.CONVERGED, residual=at.value, iterations=iterations,
-                                products=0, solver="cg"), 1e-3, 1)  # fmt: skip
+                                products=0, solver="cg"), 1e-3, 1, ladder)  # fmt: skip
 
     rate(3)
-    assert keeper.due_for_model(N, torch.float64) is None  # 60 solves save 60 iterations, a factor costs 200
+    assert keeper.due_for_model(ladder) is None  # 60 solves save 60 iterations, a factor costs 200
     rate(8)
-    assert keeper.due_for_model(N, torch.float64) == N
+    assert keeper.due_for_model(ladder) == N
 
 
 def test_negative_curvature_leaves_no_sketch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
 from ..linalg import CholeskyFactor, LinearOperator, NystromPreconditioner, Solution, nystrom
+from ..outputs import BlockPreconditioner
 from ..problem import BilevelProblem
+
+Factor = CholeskyFactor | BlockPreconditioner | NystromPreconditioner
 
 #: up to this many learner parameters a Cholesky factor is made at once: its n block products cost what a handful of
 #: plain CG solves cost, and it then serves as an exact solver where it was made and as a preconditioner elsewhere.
@@ -20,6 +24,8 @@ MAX_AUTO_FACTOR = 2000
 MAX_FACTOR = 12_000
 #: a product in a block costs about half of a single one where products are dear (docs/performance.md).
 BLOCK_DISCOUNT = 2
+#: iterations of a solve with a Cholesky factor of some points ago.
+AGED_SOLVE = 6
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000
 #: solves, and their decades of accuracy, that a hyper-Hessian or its Krylov model is reckoned to take.
@@ -33,26 +39,51 @@ def is_exact(n: int) -> bool:
     return n <= MAX_AUTO_FACTOR
 
 
-class KeptFactor:
-    """A preconditioner that outlives the point where it was made: nothing, a Nystrom sketch or a Cholesky factor.
+@dataclass(frozen=True)
+class Ladder:
+    """What may be kept for a Hessian of size n, and at what price.
 
-    Its *levels* are the ranks n / 16 and n / 8 of sketches (for n > 2000, as far as 300 MB go) and n, the Cholesky
-    factor (for n <= 12,000). A level is climbed, or a factor that has aged renewed, once the CG iterations that this
-    could have saved have cost as much as it would (the rule of ski rental), counted, not by the clock, so that a run is
-    reproducible. What the next level saves is reckoned: all but two iterations, or half of them below Cholesky.
+    Attributes:
+        prices: level -> price in iterations, ascending; n stands for Cholesky.
+        blocks: the level that is the ``BlockPreconditioner`` of the learner's outputs, or None.
+        applying: an application of the Cholesky factor, in iterations.
+    """
+
+    n: int
+    prices: dict[int, float]
+    blocks: int | None = None
+    applying: float = 0.0
+
+    @classmethod
+    def plain(cls, n: int, dtype: torch.dtype) -> Ladder:
+        """Of a Hessian that is known by its products alone."""
+        return cls(n, {level: level / BLOCK_DISCOUNT for level in KeptFactor.levels(n, dtype)})
+
+
+class KeptFactor:
+    """A preconditioner that outlives the point where it was made: nothing, blocks, a Nystrom sketch or a Cholesky factor.
+
+    Its *levels* are the ranks n / 16 and n / 8 of sketches (for n > 2000, as far as 300 MB go) or, where the learner's
+    outputs give them, the blocks of one output each, and n, the Cholesky factor (for n <= 12,000). A level is climbed, or
+    what is kept made anew, once the CG iterations that this could have saved have cost as much as it would (the rule of
+    ski rental), counted, not by the clock, so that a run is reproducible. Anew saves what is above the rate when new
+    (Cholesky: all but two iterations); the next level half of them, or all but six with a factor. Where an aged factor
+    costs more than blocks did, these come back.
 
     Attributes:
         factor: what preconditions now, or None. level: its rank, n for Cholesky, 0 for none.
-        spent: iterations that the next making could have saved, since the last one.
+        spent, missed: iterations that making it anew, and another level, could have saved since the last making.
+        rate: iterations per decade of accuracy, lately; None before the first solve.
     """
 
     def __init__(self) -> None:
-        self.factor: CholeskyFactor | NystromPreconditioner | None = None
-        self.level, self.spent = 0, 0.0
+        self.factor: Factor | None = None
+        self.level, self.spent, self.missed = 0, 0.0, 0.0
         self.born: dict[str, Any] | None = None
-        self._rate: float | None = None  # iterations per decade of accuracy, lately
+        self.rate: float | None = None
         self._fresh: float | None = None  # and when the factor was new
         self._seen = 0
+        self._blocks_rate: float | None = None  # of the blocks, when they were last new
 
     @staticmethod
     def levels(n: int, dtype: torch.dtype) -> list[int]:
@@ -66,54 +97,63 @@ class KeptFactor:
     def is_cholesky(self) -> bool:
         return isinstance(self.factor, CholeskyFactor)
 
-    def observe(self, solution: Solution, tol: float, columns: int) -> None:
+    def observe(self, solution: Solution, tol: float, columns: int, ladder: Ladder) -> None:
         """Learn from a solve with this preconditioner (or with none)."""
-        if self.is_cholesky():
-            self.spent += max(0, solution.iterations - 2) * columns
-        else:
-            self.spent += solution.iterations * columns / 2  # what the next level saves at least
-        self._rate = solution.iterations / max(1.0, -math.log10(max(tol, 1e-16)))
+        decades = max(1.0, -math.log10(max(tol, 1e-16)))
+        self.rate = solution.iterations / decades
         if self._seen < FRESH_SOLVES:
-            self._fresh = self._rate if self._fresh is None else max(self._fresh, self._rate)
+            self._fresh = self.rate if self._fresh is None else max(self._fresh, self.rate)
             self._seen += 1
+            if self.level and self.level == ladder.blocks:
+                self._blocks_rate = self._fresh
+        renewal, climb = self._saved(self.rate, decades, ladder)
+        self.spent += renewal * columns
+        self.missed += climb * columns
 
-    def due(self, n: int, dtype: torch.dtype) -> int | None:
+    def _saved(self, rate: float, decades: float, ladder: Ladder) -> tuple[float, float]:
+        """Of a solve's cost in iterations, what the same level anew and what another one could save at least."""
+        iterations = rate * decades
+        if self.is_cholesky():
+            cost, by_blocks = iterations * (1 + ladder.applying), self._blocks_rate
+            other = 0.0 if by_blocks is None or ladder.blocks is None else cost - by_blocks * decades
+            return max(0.0, cost - 2 * (1 + ladder.applying)), max(0.0, other)
+        renewal = 0.0 if self._fresh is None or self.factor is None else max(0.0, rate - self._fresh) * decades
+        if self.level and self.level == ladder.blocks:
+            return renewal, max(0.0, iterations - AGED_SOLVE * (1 + ladder.applying))
+        return renewal, iterations / 2
+
+    def due(self, ladder: Ladder) -> int | None:
         """The level that should be made now, or None."""
-        level = self._candidate(n, dtype)
-        if level is None:
-            return None
-        at_once = is_exact(n) and self.factor is None
-        return level if at_once or self.spent * BLOCK_DISCOUNT > level else None
+        if self.factor is None and is_exact(ladder.n):
+            return next(iter(ladder.prices))
+        return self._due(ladder, self.spent, self.missed)
 
-    def due_for_model(self, n: int, dtype: torch.dtype) -> int | None:
+    def due_for_model(self, ladder: Ladder) -> int | None:
         """The level that should be made before the many solves of a hyper-Hessian, or None."""
-        level = self._candidate(n, dtype)
-        if level is None or (is_exact(n) and self.factor is None):
-            return level
-        iterations = MODEL_DECADES * (n / 16 if self._rate is None else self._rate)
-        saved = max(0.0, iterations - 2) if self.is_cholesky() else iterations / 2
-        return level if (self.spent + MODEL_SOLVES * saved) * BLOCK_DISCOUNT > level else None
+        if self.factor is None and is_exact(ladder.n):
+            return next(iter(ladder.prices))
+        renewal, climb = self._saved(ladder.n / 16 if self.rate is None else self.rate, MODEL_DECADES, ladder)
+        return self._due(ladder, self.spent + MODEL_SOLVES * renewal, self.missed + MODEL_SOLVES * climb)
 
-    def _candidate(self, n: int, dtype: torch.dtype) -> int | None:
-        """The same level anew where the factor has aged, else the next one up."""
-        levels = self.levels(n, dtype)
-        if self.factor is not None:
-            aged = None not in (self._rate, self._fresh) and self._rate > 2 * self._fresh
-            if self.is_cholesky() or aged:
-                return self.level
-        return next((level for level in levels if level > self.level), None)
+    def _due(self, ladder: Ladder, spent: float, missed: float) -> int | None:
+        if self.factor is not None and spent > ladder.prices.get(self.level, math.inf):
+            return self.level
+        other = next((level for level in ladder.prices if level > self.level), ladder.blocks)
+        return other if other is not None and missed > ladder.prices[other] else None
 
-    def make(self, level: int, operator: LinearOperator, at: Linearisation) -> CholeskyFactor | NystromPreconditioner:
-        """The factor (level n) or sketch of the operator at a recorded point; kept if it succeeds. Look at ``.ok``.
+    def make(self, level: int, operator: LinearOperator, at: Linearisation) -> Factor:
+        """The factor (level n), blocks or sketch of the operator at a recorded point; kept if it succeeds. Look at ``.ok``.
 
-        Cost: ``level`` products in blocks; n^3 / 3 multiplications and n^2 numbers, or about 8 n level^2 and 3 n level.
+        Cost: ``level`` products in blocks, or those of ``OutputHessian``; n^3 / 3 multiplications and n^2 numbers, or about 8 n level^2 and 3 n level.
         """
         at.objective.counts.add(factorisations=1)
         if level >= operator.n:
             made = CholeskyFactor(operator.to_dense(), overwrite=True)
+        elif level == operator.blocks:
+            made = operator.block_preconditioner()
         else:
             made = nystrom(operator, level)
-        self.level, self.spent, self._seen, self._fresh = level, 0.0, 0, None
+        self.level, self.spent, self.missed, self._seen, self._fresh = level, 0.0, 0.0, 0, None
         if made.ok:
             h = at.objective
             self.factor = made
@@ -126,7 +166,7 @@ class KeptFactor:
         """For an exact resume. A large factor is not saved but the point where it was made, to make it there again."""
         small = self.is_cholesky() and is_exact(self.factor.n)
         return {"L": self.factor.L if small else None, "born": None if small or self.factor is None else self.born,
-                "level": self.level, "spent": self.spent, "rates": [self._rate, self._fresh, self._seen]}  # fmt: skip
+                "level": self.level, "spent": [self.spent, self.missed], "rates": [self.rate, self._fresh, self._seen, self._blocks_rate]}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem, operator) -> None:
         """``operator``: the system's operator at a recorded point. A run's state is loaded more than once."""
@@ -137,8 +177,8 @@ class KeptFactor:
             h = Objective(problem, upper=born["upper"], lower=born["lower"], counts=OracleCounts())
             at = h.linearise(born["x"], born["y"], "y")
             self.make(state["level"], operator(at), at)
-        self.level, self.spent = state["level"], state["spent"]
-        self._rate, self._fresh, self._seen = state["rates"]
+        self.level, (self.spent, self.missed) = state["level"], state["spent"]
+        self.rate, self._fresh, self._seen, self._blocks_rate = state["rates"]
 
     def _made_at(self, born: dict[str, Any], level: int) -> bool:
         own = self.born

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import Linearisation
+from ..derivatives import Linearisation, Objective
 from ..errors import ConfigError, nearest
 from ..linalg import (
     CholeskyFactor,
     DenseOperator,
-    FunctionOperator,
+    LinearOperator,
     NystromPreconditioner,
     Solution,
     SolveStatus,
@@ -23,8 +23,20 @@ from ..linalg import (
     minres,
 )
 from ..linalg.solve import default_tol
+from ..outputs import (
+    PROBES,
+    BlockPreconditioner,
+    LinearCall,
+    OutputHessian,
+    block_price,
+    block_size,
+    most_outputs,
+    one_product,
+    price,
+    watch,  # fmt: skip
+)
 from ..problem import BilevelProblem
-from .kept import KeptFactor, is_exact
+from .kept import BLOCK_DISCOUNT, SKETCH_BYTES, Factor, KeptFactor, Ladder, is_exact
 
 SOLVERS = ("auto", "cg", "minres", "cholesky", "chebyshev")
 
@@ -78,9 +90,11 @@ class LowerSystems:
         self.spectrum = None if spectrum is None else Spectrum(*map(float, spectrum))
         self._spectrum_given = spectrum is not None
         self.kept = KeptFactor()
+        self._calls: dict[str, tuple[Any, list[LinearCall]]] = {}  # kind of objective: data, calls
+        self._plain: set[str] = set()  # kinds whose Hessian is not that of its outputs
 
     @property
-    def factor(self) -> CholeskyFactor | NystromPreconditioner | None:
+    def factor(self) -> Factor | None:
         """What preconditions CG now."""
         return self.kept.factor
 
@@ -88,18 +102,59 @@ class LowerSystems:
         """What serves the systems now, in words."""
         if self.solver != "auto":
             return self.solver
-        kind = {CholeskyFactor: "a Cholesky factor of", NystromPreconditioner: "CG with a Nystrom sketch of rank"}
+        kind = {CholeskyFactor: "a Cholesky factor of", NystromPreconditioner: "CG with a Nystrom sketch of rank",
+                BlockPreconditioner: "CG with the outputs' blocks of size"}  # fmt: skip
         return "CG" if self.factor is None else f"{kind[type(self.factor)]} {self.kept.level}, kept"
 
-    def operator(self, at: Linearisation) -> FunctionOperator:
+    def operator(self, at: Linearisation) -> LowerHessian:
         """h_yy + damping I at the recorded point, as a LinearOperator."""
-        shift = self.damping
+        return LowerHessian(at, self)
 
-        def product(v: Tensor) -> Tensor:
-            result = at.yy(v)
-            return result + shift * v if shift else result
+    def outputs(self, at: Linearisation) -> OutputHessian | None:
+        """h_yy at the recorded point by the learner's outputs, or None where that is not to be had or saves nothing."""
+        if at.outputs is None:
+            calls = self.calls(at.objective, at.x, at.y)
+            at.outputs = OutputHessian.of(at, calls) if calls else None
+            if calls and at.outputs is None:
+                self._plain.add(at.objective.kind)
+        return at.outputs
 
-        return FunctionOperator(at.y.numel(), product, product, dtype=at.y.dtype, device=at.y.device, block_size=512)
+    def calls(self, objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
+        """The linear maps by which such an objective sees the learner; none where its Hessian was seen to be no sum of theirs.
+
+        Looked up once for the problem's data: what does not depend on x or y is the same everywhere.
+        """
+        kind, data = objective.kind, objective.problem.data()
+        if kind in self._plain:
+            return []
+        kept, calls = self._calls.get(kind, (None, []))
+        if kept is None or any(a is not b for a, b in zip(kept, data)):
+            calls = watch(objective, x, y)
+            self._calls[kind] = data, calls
+        return calls
+
+    def products_to_factor(self, objective: Objective, x: Tensor, y: Tensor) -> int:
+        """Products with h_yy that a Cholesky factor takes."""
+        calls = self.calls(objective, x, y)
+        return most_outputs(calls) + PROBES if calls else y.numel()
+
+    def ladder(self, at: Linearisation) -> Ladder:
+        """What may be kept, and at what price."""
+        n, calls = at.y.numel(), self.calls(at.objective, at.x, at.y)
+        plain = Ladder.plain(n, at.y.dtype)
+        if not calls:
+            return plain
+        size = block_size(calls)
+        own = size is not None and not is_exact(n) and size**2 * most_outputs(calls) * at.y.element_size() <= SKETCH_BYTES
+        prices = {size: block_price(calls)} if own else {k: v for k, v in plain.prices.items() if k < n}
+        if n in plain.prices:
+            prices[n] = min(plain.prices[n], price(calls, n**3 / 6))
+        return Ladder(n, prices, size if own else None, 1.5 * n**2 / one_product(calls))  # memory-bound
+
+    def factor_price(self, at: Linearisation) -> float:
+        """What a Cholesky factor at this point costs, in products with one vector."""
+        n, calls = at.y.numel(), self.calls(at.objective, at.x, at.y)
+        return min(price(calls, n**3 / 6), n / BLOCK_DISCOUNT) if calls else n / BLOCK_DISCOUNT
 
     def solve(self, at: Linearisation, b: Tensor, *, tol: float | None = None, x0: Tensor | None = None) -> Solution:
         """w with |(h_yy + damping I) w - b| <= tol |b| for b (dy,) or (dy, k); the status says whether.
@@ -109,11 +164,13 @@ class LowerSystems:
         counts, n = at.objective.counts, at.y.numel()
         counts.add(solves=1 if b.dim() == 1 else b.shape[1])
         tol = tol if tol is not None else self.tol if self.tol is not None else default_tol(b.dtype)
-        exact = at.factor
+        exact, ladder = at.factor, self.ladder(at)
         if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
-            exact = self._make(at, self.kept.due(n, b.dtype))
+            exact = self._make(at, self.kept.due(ladder))
+        if ladder.blocks is not None and exact is None:
+            self.outputs(at)  # which make products, and blocks, cheaper
         A = self.operator(at)
         if self.solver == "chebyshev":
             return self._expand(A, b, tol)
@@ -127,7 +184,7 @@ class LowerSystems:
         renewable = self.solver == "auto" and self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
         result = self._cg(A, b, tol, x0, limit, self.factor)
-        self.kept.observe(result, tol, columns)
+        self.kept.observe(result, tol, columns, ladder)
         if renewable and not result.ok:  # the kept factor is too old: make one here
             exact = self.factor_at(at)
             if exact is not None:
@@ -139,8 +196,8 @@ class LowerSystems:
         """``tol``, but at least the default relative residual, and at most ``most`` beyond that."""
         return max(min(tol, most), self.tol if self.tol is not None else default_tol(dtype))
 
-    def _cg(self, A: FunctionOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
-            factor: CholeskyFactor | NystromPreconditioner | None) -> Solution:  # fmt: skip
+    def _cg(self, A: LinearOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
+            factor: Factor | None) -> Solution:  # fmt: skip
         """Preconditioned CG; without the factor once more where only its rounding may have shown negative curvature."""
         stored = b.numel() * (1 if factor is None else 2)
         result = cg(A, b, tol=tol, x0=x0, preconditioner=factor, max_iterations=limit,
@@ -149,13 +206,13 @@ class LowerSystems:
             result = cg(A, b, tol=tol, max_iterations=self.max_iterations)
         return result
 
-    def _with_own_factor(self, A: FunctionOperator, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
+    def _with_own_factor(self, A: LinearOperator, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
         """By the factor of this very matrix, refined by CG where rounding is above the tolerance."""
         direct = self._direct(A, factor, b, tol)
         return direct if direct.ok else self._cg(A, b, tol, direct.x, self.max_iterations, factor)
 
     @staticmethod
-    def _direct(A: FunctionOperator, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
+    def _direct(A: LinearOperator, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
         """By the factor of this very matrix; the residual is checked on one column (it is rounding in all of them)."""
         x = factor.solve(b)
         column, right = (x, b) if b.dim() == 1 else (x[:, 0], b[:, 0])
@@ -165,7 +222,7 @@ class LowerSystems:
         status = SolveStatus.CONVERGED if met else SolveStatus.STAGNATION
         return Solution(x=x, status=status, residual=residual, iterations=0, products=1, solver="cholesky")
 
-    def _expand(self, A: FunctionOperator, b: Tensor, tol: float) -> Solution:
+    def _expand(self, A: LinearOperator, b: Tensor, tol: float) -> Solution:
         """The Chebyshev expansion on the kept interval; on a new one where that no longer holds the spectrum."""
         order = self.chebyshev_order
         for kept in (self.spectrum is not None, False):
@@ -190,7 +247,7 @@ class LowerSystems:
         if self.solver == "cholesky":
             self.factor_at(at)
         elif self.solver == "auto" and at.factor is None:
-            self._make(at, self.kept.due_for_model(at.y.numel(), at.y.dtype))
+            self._make(at, self.kept.due_for_model(self.ladder(at)))
 
     def _make(self, at: Linearisation, level: int | None) -> CholeskyFactor | None:
         """What is due at this point; the factor if it is exact here."""
@@ -225,11 +282,51 @@ class LowerSystems:
     def state_dict(self) -> dict[str, Any]:
         """What is kept, for an exact resume."""
         interval = None if self.spectrum is None else [self.spectrum.lowest, self.spectrum.largest]
-        return {"kept": self.kept.state_dict(), "spectrum": interval}
+        return {"kept": self.kept.state_dict(), "spectrum": interval, "plain": sorted(self._plain)}
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
+        self._plain = set(state["plain"])
+
+
+class LowerHessian(LinearOperator):
+    """h_yy + damping I at a recorded point; dense by the learner's outputs where that is to be had."""
+
+    def __init__(self, at: Linearisation, systems: LowerSystems):
+        super().__init__(at.y.numel(), dtype=at.y.dtype, device=at.y.device, block_size=512)
+        self.at, self.systems = at, systems
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """(dy,) -> (dy,), or (dy, k) -> (dy, k)."""
+        at, shift = self.at, self.systems.damping
+        if at.outputs is None:
+            result = at.yy(v)
+        else:
+            at.objective._count("products", 1 if v.dim() == 1 else v.shape[1])
+            result = at.outputs.yy(v)
+        return result + shift * v if shift else result
+
+    matmat = matvec
+
+    @property
+    def blocks(self) -> int | None:
+        """The size of ``block_preconditioner``'s blocks, where there is one."""
+        return self.systems.ladder(self.at).blocks
+
+    def block_preconditioner(self) -> BlockPreconditioner:
+        """By the learner's outputs. Look at ``.ok``."""
+        outputs = self.systems.outputs(self.at)
+        return BlockPreconditioner.none() if outputs is None else outputs.preconditioner(self.systems.damping)
+
+    def to_dense(self) -> Tensor:
+        """(dy, dy)."""
+        outputs = self.systems.outputs(self.at)
+        if outputs is None:
+            return super().to_dense()
+        A = outputs.dense_yy()
+        A.diagonal().add_(self.systems.damping)
+        return A
 
 
 def _refused(factor: CholeskyFactor, b: Tensor) -> Solution:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..counting import OracleCounts
+from ..derivatives import Objective
 from ..lower.kept import is_exact
 from ..oracles import Evaluation, HyperOracle
 from ..problem import BilevelProblem
@@ -147,17 +148,20 @@ class AutoRun(Run):
     def hessian_cost(self) -> float:
         """A hyper-Hessian in evaluations, both in oracle calls: what its model and its lower factor would take over what an
         evaluation has taken so far, lower factors apart."""
-        counts, dx, dy = self.counts, self.problem.dx, self.problem.dy
+        counts, problem = self.counts, self.problem
+        dx, dy = problem.dx, problem.dy
         factored = is_exact(dy)
-        factors = dy * counts.factorisations if factored else 0
+        lower = Objective(problem, lower=1.0, counts=OracleCounts())
+        factor = self.oracle.systems.products_to_factor(lower, problem.x, problem.y)
+        factors = factor * counts.factorisations if factored else 0
         per_evaluation = (counts.oracle_calls - factors) / max(1, counts.evaluations)
         per_solve = (counts.upper_products + counts.lower_products - factors) / max(1, counts.solves)
         per_product = 3 + 2 * (1 if factored else per_solve)
+        calls = (factor if factored else 0) + min(KRYLOV_PRODUCTS, dx) * per_product
         if self.method.then.hessian == "dense" or (self.method.then.hessian == "auto" and dx <= MAX_DENSE):
-            calls = min(dx, dy) * per_product
-        else:
-            calls = min(KRYLOV_PRODUCTS, dx) * per_product
-        return (calls + (dy if factored else 0)) / max(per_evaluation, 1.0)
+            worth = self.oracle.dense_price()
+            calls = (factor if factored else 0) + min(dx, dy) * per_product if worth is None else worth
+        return calls / max(per_evaluation, 1.0)
 
     def _go_second_order(self, on_trial: bool = False) -> None:
         """For good, or for as long as that is faster than L-BFGS was."""

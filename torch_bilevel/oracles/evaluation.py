@@ -180,6 +180,10 @@ class HyperOracle(ABC):
         warm = None if self.lower_is_external else self.warm.get(name)
         return self.problem.y if warm is None else warm
 
+    def dense_price(self) -> float | None:
+        """What the hyper-Hessian costs as a matrix, in products with one vector, where that is less than by its columns."""
+        return None
+
     def stationarity(self, x: Tensor, gradient: Tensor) -> Tensor:
         """|gradient|, (); a run with bounds puts that of the projected gradient in its place."""
         return torch.linalg.vector_norm(gradient)

@@ -7,13 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..derivatives import Linearisation
+from ..counting import OracleCounts
+from ..derivatives import Linearisation, Objective
 from ..linalg import LinearOperator
 from ..lower import LowerSystems
+from ..outputs import price
+from ..problem import BilevelProblem
 from .evaluation import require_solution
 
 #: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.
 DENSE_BLOCK, BLOCK_NUMBERS = 256, 2**25
+#: single products that a column of the hyper-Hessian costs where blocks are not had by outputs.
+PRODUCTS_A_COLUMN = 2
 
 
 class HyperHessian(LinearOperator):
@@ -29,6 +34,7 @@ class HyperHessian(LinearOperator):
         quotient: (u, w) -> (a, b).
         systems: solves A_lo and A_hi.
         tol: relative residual of the solves, default that of ``systems``.
+        lagrangian: the recorded gradient whose Hessian Q is, where Q is one.
 
     Cost: two solves and a few products per vector. Memory: the retained graphs.
     """
@@ -40,10 +46,12 @@ class HyperHessian(LinearOperator):
         quotient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         systems: LowerSystems,
         tol: float | None = None,
+        lagrangian: Linearisation | None = None,
     ):
         columns = max(1, min(DENSE_BLOCK, BLOCK_NUMBERS // (lo.x.numel() + lo.y.numel())))
         super().__init__(lo.x.numel(), dtype=lo.x.dtype, device=lo.x.device, block_size=columns)
         self.lo, self.hi, self.quotient, self.systems, self.tol = lo, hi, quotient, systems, tol
+        self.lagrangian = lagrangian
         systems.prepare(lo)  # serves hi as well, as a preconditioner: the two differ by O(delta)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -67,16 +75,49 @@ class HyperHessian(LinearOperator):
             hess phi = Q_xx + Q_xy W + P (Q_yx + Q_yy W),   W = -A_lo^{-1} lo_yx,   P' = -A_hi^{-1} hi_yx,
         and Q_xx by three products where it is diagonal (weights of samples, most regularisers), else by dx.
 
+        Where the learner's outputs give the blocks, two matrix products put them together.
+
         Cost: about 3 min(dx, dy) products and dx or 2 dx solves; Q_xx see above; 3 dx dy max(dx, dy) multiplications.
         """
-        dy = self.lo.y.numel()
-        factored = self.systems.solver in ("auto", "cholesky") and factor_pays(self.n, dy)
+        dy, worth = self.lo.y.numel(), self.systems.factor_price(self.lo)
+        factored = self.systems.solver in ("auto", "cholesky") and factor_pays(self.n, dy, worth)
+        if factored and self._by_outputs():
+            return self._from_outputs()
         if dy < self.n:
             return self._from_short_side(dy, factored)
         if factored:
             self.systems.factor_at(self.hi, attach=True)
             self.systems.factor_at(self.lo, attach=True)
         return super().to_dense()
+
+    def _by_outputs(self) -> bool:
+        """Whether g_yy and L_yy are had by the learner's outputs, and cheaper than as many products as x has entries."""
+        if self.lagrangian is None:
+            return False
+        both = [self.systems.calls(at.objective, at.x, at.y) for at in (self.lo, self.lagrangian)]
+        if not all(both) or sum(map(price, both)) > PRODUCTS_A_COLUMN * self.n:
+            return False
+        return self.systems.outputs(self.lo) is not None and self.systems.outputs(self.lagrangian) is not None
+
+    def _from_outputs(self) -> Tensor:
+        """hess phi = L_xx + L_xy W + W' L_yx + W' L_yy W with W = -g_yy^{-1} g_yx."""
+        self.systems.factor_at(self.lo, attach=True)
+        W = self._solved(self.lo, self._dense_yx(self.lo))
+        H = self._dense_yx(self.lagrangian).add_(self.lagrangian.outputs.times(W), alpha=0.5).mT @ W
+        H = H + H.mT
+        diagonal = self.lagrangian.outputs.xx
+        if diagonal is None:
+            return H.add_(self._all_of_xx())
+        H.diagonal().add_(diagonal)
+        return H
+
+    def _dense_yx(self, at: Linearisation) -> Tensor:
+        """h_yx (dy, dx): by outputs, else by products from its shorter side."""
+        if at.outputs.cross is not None:
+            return at.outputs.dense_yx()
+        dy = at.y.numel()
+        eye = torch.eye(min(self.n, dy), dtype=self.dtype, device=self.device)
+        return at.yx(eye) if self.n <= dy else at.xy(eye).mT
 
     def _from_short_side(self, dy: int, factored: bool) -> Tensor:
         hi_yx = self._cross(self.hi, dy, factored)
@@ -118,6 +159,10 @@ class HyperHessian(LinearOperator):
         rounding = 100 * torch.finfo(self.dtype).eps * (diagonal.abs() * v.abs() + probe[:, 1:].abs().amax(0))
         if bool(((probe[:, 1:] - diagonal * v).abs() <= rounding).all()):
             return torch.diag(diagonal[:, 0])
+        return self._all_of_xx()
+
+    def _all_of_xx(self) -> Tensor:
+        """Q_xx (dx, dx) by dx products."""
         Q = torch.empty(self.n, self.n, dtype=self.dtype, device=self.device)
         for start in range(0, self.n, DENSE_BLOCK):
             stop = min(start + DENSE_BLOCK, self.n)
@@ -127,9 +172,22 @@ class HyperHessian(LinearOperator):
         return Q
 
 
-def factor_pays(columns: int, dy: int) -> bool:
+def dense_price(problem: BilevelProblem, systems: LowerSystems) -> float | None:
+    """What a dense implicit Hessian by the learner's outputs costs, in products with one vector; None: it is not had so."""
+    dx, dy, x, y = problem.dx, problem.dy, problem.x, problem.y
+    lower = Objective(problem, lower=1.0, counts=OracleCounts())
+    lagrangian = Objective(problem, upper=1.0, tangent=y, counts=OracleCounts())
+    both = [systems.calls(objective, x, y) for objective in (lower, lagrangian)]
+    if not all(both) or systems.solver not in ("auto", "cholesky") or not factor_pays(dx, dy, price(both[0], dy**3 / 6)):
+        return None
+    worth = price(both[0], dy**3 / 6 + 2 * dy**2 * dx + dy * dx**2) + price(both[1])
+    return worth if sum(map(price, both)) <= PRODUCTS_A_COLUMN * dx else None
+
+
+def factor_pays(columns: int, dy: int, price: float) -> bool:
     """Whether a Cholesky factor of size dy is cheaper than ``columns`` pairs of solves, and fits in 2 GB.
 
-    A factor costs dy block products (a quarter of single ones) and dy^3 / 3 operations; a solve, 20 and more products.
+    Args:
+        price: of the factor, in products with one vector. A solve takes 20 and more.
     """
-    return dy * dy * 8 <= 2e9 and dy <= 40 * columns
+    return dy * dy * 8 <= 2e9 and price <= 20 * columns

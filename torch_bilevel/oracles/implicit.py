@@ -23,7 +23,7 @@ from .evaluation import (
     require_lower,
     require_solution,  # fmt: skip
 )
-from .hessian import HyperHessian
+from .hessian import HyperHessian, dense_price
 
 #: what accuracy='auto' takes where evaluations are iterated to a tolerance
 ON_DEMAND = 0.1
@@ -148,6 +148,9 @@ class ImplicitOracle(HyperOracle):
 
         return Evaluation(x, value, gradient, points, counts, hessian, lower, {} if at is None else {"at": at})
 
+    def dense_price(self) -> float | None:
+        return dense_price(self.problem, self.systems)
+
     def gradient_error(self, ev: Evaluation) -> float:
         """First-order effect on the gradient of the lower residual (through e = g_yy^{-1} g_y) and the adjoint's."""
         return lagrangian_gradient_error(self.problem, ev, self.systems)
@@ -183,7 +186,7 @@ def lagrangian_hessian(
             lower.factor, lower.prepared = at.factor, at.prepared
     if lagrangian is None:
         lagrangian = Objective(problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=counts).linearise(x, y)
-    hessian = HyperHessian(lower, lower, lagrangian.joint, systems, tol)
+    hessian = HyperHessian(lower, lower, lagrangian.joint, systems, tol, lagrangian)
     if at is not None and at is not lower:  # what is saved of the evaluation says what was decided here
         at.factor, at.prepared = lower.factor, lower.prepared
     return hessian

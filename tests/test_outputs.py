@@ -1,0 +1,388 @@
+"""Hessians assembled from those of the learner's outputs, against the dense reference; and what they must refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torch_bilevel as tb
+from tests.reference import Reference, blocks, cleaning
+from torch_bilevel import outputs
+from torch_bilevel.counting import OracleCounts
+from torch_bilevel.derivatives import Objective
+from torch_bilevel.linalg import LinearOperator, cg
+from torch_bilevel.lower import LowerSystems, kept
+from torch_bilevel.oracles import hessian
+
+D = torch.float64
+N, FEATURES, CLASSES = 9, 7, 3
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+X, LABELS = randn(0, N, FEATURES), torch.arange(N) % CLASSES
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Learners of a test's size are worth it."""
+    monkeypatch.setattr(outputs, "SMALL", 0)
+
+
+def ce(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, LABELS, reduction="none")
+
+
+def linear_layer(x, y):
+    W, b = y[: CLASSES * FEATURES].view(CLASSES, FEATURES), y[CLASSES * FEATURES :]
+    return (x.sigmoid() * ce(F.linear(X.to(y), W, b))).mean() + 0.1 * (y * y).sum()
+
+
+def transposed(x, y):
+    return (x.sigmoid() * ce(X.to(y) @ y.view(CLASSES, FEATURES).T)).mean() + 0.1 * (y**4).sum()
+
+
+def added_bias(x, y):
+    W, b = y[: CLASSES * FEATURES].view(CLASSES, FEATURES), y[CLASSES * FEATURES :]
+    return (x.sigmoid() * ce(X.to(y) @ W.T + b)).mean() + 0.1 * (y * y).sum()
+
+
+def scalar_bias(x, y):
+    return (x.sigmoid() * F.softplus(y[-1] + X.to(y) @ y[:-1])).sum() + (y * y).sum()
+
+
+def columns(x, y):
+    return (x.sigmoid() * ce(torch.matmul(X.to(y), y.view(FEATURES, CLASSES)))).mean() + (y.cosh()).sum()
+
+
+def logistic(x, y):
+    y = y.view(-1)
+    return (x.sigmoid() * F.softplus(torch.mv(X.to(y), y))).sum() + (y * y).sum()
+
+
+def per_feature(x, y):
+    """No x_i of a sample: one L2 weight per feature."""
+    W = y.view(CLASSES, FEATURES)
+    return ce(X.to(y) @ W.T).mean() + (x.exp() * W**2).sum()
+
+
+def two_tasks(x, y):
+    """Two heads, of which one sees the data twice, and an entry of y of its own."""
+    a, b = y[: 2 * FEATURES].view(2, FEATURES), y[2 * FEATURES : 3 * FEATURES]
+    first = torch.tanh(F.linear(X.to(y), a)).square().sum() + torch.logsumexp(F.linear(X.to(y) ** 2, a), 1).sum()
+    return first + (x.sigmoid() * F.softplus(X.to(y) @ b)).sum() + (y.cosh()).sum() + y[-1] ** 4
+
+
+def several_outputs(x, y):
+    """Least squares in a tensor of inputs."""
+    Z = F.linear(X.to(y).view(3, 3, FEATURES), y.view(2, FEATURES))
+    return (x.exp()[:2] * (Z - 1) ** 2).sum() + (y * y).sum()
+
+
+LOSSES = {  # g, dx, dy, whether x_i belongs to a sample
+    "linear_layer": (linear_layer, N, CLASSES * (FEATURES + 1), True),
+    "added_bias": (added_bias, N, CLASSES * (FEATURES + 1), True),
+    "scalar_bias": (scalar_bias, N, FEATURES + 1, True),
+    "transposed": (transposed, N, CLASSES * FEATURES, True),
+    "columns": (columns, N, CLASSES * FEATURES, True),
+    "logistic": (logistic, N, 14 // 2, True),
+    "per_feature": (per_feature, FEATURES, CLASSES * FEATURES, False),
+    "two_tasks": (two_tasks, N, 3 * FEATURES + 1, True),
+    "several_outputs": (several_outputs, 2, 2 * FEATURES, False),
+}
+
+
+def f(x: Tensor, y: Tensor) -> Tensor:
+    return ((y - 1) ** 2).cosh().sum() + (x * x).sum() / 10
+
+
+def problem(g, dx: int, dy: int, upper=f, dtype=D) -> tb.BilevelProblem:
+    x, y = randn(1, dx) / 2, randn(2, dy) / 4
+    return tb.BilevelProblem.from_functions(upper, g, x.to(dtype), y.to(dtype), check=False)
+
+
+def recorded(p: tb.BilevelProblem, **terms):
+    h = Objective(p, counts=OracleCounts(), **terms)
+    return h.linearise(p.x, p.y)
+
+
+def found(at):
+    calls = outputs.watch(at.objective, at.x, at.y)
+    return outputs.OutputHessian.of(at, calls) if calls else None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_blocks_are_those_of_the_reference(name, monkeypatch):
+    g, dx, dy, own = LOSSES[name]
+    monkeypatch.setattr(outputs, "PROBES", -100)  # as if they always paid
+    at = recorded(problem(g, dx, dy), lower=1.0)
+    o = found(at)
+    xx, _, yx, yy = blocks(g, at.x, at.y)
+    torch.testing.assert_close(o.dense_yy(), yy, rtol=1e-11, atol=1e-12)
+    v = randn(3, dy, 4)
+    torch.testing.assert_close(o.yy(v), yy @ v, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(o.yy(v[:, 0]), yy @ v[:, 0], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(o.times(v), yy @ v, rtol=1e-11, atol=1e-12)
+    assert (o.cross is not None) == own
+    if own:
+        torch.testing.assert_close(o.dense_yx(), yx, rtol=1e-11, atol=1e-12)
+    if o.xx is not None:
+        torch.testing.assert_close(torch.diag(o.xx), xx, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [1, 100])
+def test_times_by_matrix_and_by_products(columns, monkeypatch):
+    """Many columns are multiplied by the matrix, few by blocks of products, in parts that fit the memory."""
+    monkeypatch.setattr(outputs, "COLUMN_NUMBERS", 60)
+    monkeypatch.setattr(outputs, "PROBES", -100)
+    o = found(recorded(problem(*LOSSES["logistic"][:3]), lower=1.0))
+    made = []
+    monkeypatch.setattr(type(o), "dense_yy", lambda self, original=type(o).dense_yy: made.append(1) or original(self))
+    W = randn(5, len(o.diagonal), columns)
+    torch.testing.assert_close(o.times(W), o.dense_yy() @ W)
+    assert len(made) == (1 if columns == 1 else 2)
+
+
+@pytest.mark.parametrize("terms", [{"upper": 0.3, "lower": 1.0}, {"upper": 1.0, "tangent": True, "tangent_weight": -1.0}])
+def test_both_levels_and_the_lagrangian(terms):
+    """h = g + sigma f sees the learner on training and on clean data; L = f - <v, g_y> by third derivatives."""
+    made = cleaning(samples=10, features=5)
+    r = made.reference
+    p = problem(r.g, 10, 18, upper=r.f)
+    v = randn(6, 18)
+    if "tangent" in terms:
+        terms = {**terms, "tangent": v}
+
+        def h(x, y):
+            return r.f(x, y) - torch.func.grad(r.g, argnums=1)(x, y) @ v
+    else:
+
+        def h(x, y):
+            return r.g(x, y) + 0.3 * r.f(x, y)
+
+    o = found(recorded(p, **terms))
+    xx, _, yx, yy = blocks(h, p.x, p.y)
+    assert len(o.calls) == 2
+    torch.testing.assert_close(o.dense_yy(), yy, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(o.dense_yx(), yx, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.diag(o.xx), xx, rtol=1e-10, atol=1e-12)
+
+
+def test_a_module_on_frozen_features():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh()).to(D).requires_grad_(False)
+    learner = nn.Sequential(body, nn.Linear(6, CLASSES).to(D))
+
+    def loss(learner, hyper, batch):
+        return F.cross_entropy(learner(batch), LABELS) + (hyper["log_l2"].exp() * learner[1].weight ** 2).sum()
+
+    p = tb.BilevelProblem(learner, {"log_l2": torch.zeros(6, dtype=D)}, loss, loss, X, X)
+    at = recorded(p, lower=1.0)
+    o = found(at)
+    torch.testing.assert_close(o.dense_yy(), at.yy(torch.eye(p.dy, dtype=D)))
+    assert o.calls[0].X.shape == (N, 7)  # a column of ones for the bias
+
+
+def mlp(x, y):
+    W = y[: 2 * FEATURES].view(2, FEATURES)
+    return (x.sigmoid() * (torch.tanh(F.linear(X.to(y), W)) @ y[2 * FEATURES : 2 * FEATURES + 2])).sum() + (y * y).sum()
+
+
+def samples_that_meet(x, y):
+    Z = F.linear(X.to(y), y.view(2, FEATURES))
+    return (x.sigmoid() * (Z - Z.mean(0)).square().sum(1)).sum() + (y * y).sum()
+
+
+def scaled_weights(x, y):
+    return F.softplus(X.to(y) @ (y * 2)).sum() + x.sum() * (y * y).sum()
+
+
+def inputs_of_x(x, y):
+    return F.softplus((X.to(y) * x[:, None]) @ y).sum() + (y * y).sum()
+
+
+def coupled_penalty(x, y):
+    return (x.sigmoid() * F.softplus(X.to(y) @ y)).sum() + y.sum() ** 2 + (y * y).sum()
+
+
+@pytest.mark.parametrize(
+    "g, dy", [(mlp, 2 * FEATURES + 2), (samples_that_meet, 2 * FEATURES), (scaled_weights, 2 * FEATURES // 2),
+              (inputs_of_x, FEATURES), (coupled_penalty, FEATURES)],
+)  # fmt: skip
+def test_what_is_not_of_this_kind_is_refused_and_still_right(g, dy, monkeypatch):
+    monkeypatch.setattr(outputs, "PROBES", -100)
+    systems, at = LowerSystems(), recorded(problem(g, N, dy), lower=1.0)
+    assert systems.outputs(at) is None
+    counts = at.objective.counts.copy()
+    assert systems.outputs(at) is None
+    assert at.objective.counts.as_dict() == counts.as_dict()  # asked once a run
+    torch.testing.assert_close(systems.operator(at).to_dense(), blocks(g, at.x, at.y)[3])
+    assert LowerSystems().state_dict()["plain"] == []
+
+
+def test_x_of_other_samples_is_no_cross_term(monkeypatch):
+    monkeypatch.setattr(outputs, "PROBES", -100)
+
+    def g(x, y):
+        return (x.flip(0).sigmoid() * F.softplus(X.to(y) @ y)).sum() + (y.cosh()).sum()
+
+    at = recorded(problem(g, N, FEATURES), lower=1.0)
+    assert found(at).cross is None
+
+
+def test_small_learners_are_not_watched(monkeypatch):
+    g, dx, dy, _ = LOSSES["linear_layer"]
+    at = recorded(problem(g, dx, dy), lower=1.0)
+    assert outputs.watch(at.objective, at.x, at.y)
+    monkeypatch.setattr(outputs, "SMALL", dy)
+    assert not outputs.watch(at.objective, at.x, at.y)
+
+
+def cleaning_problem(samples: int = 30, features: int = 12, dtype=D):
+    r = cleaning(samples=samples, features=features).reference
+    return r, tb.BilevelProblem.from_functions(r.f, r.g, r.x.to(dtype), r.y0.to(dtype))
+
+
+@pytest.mark.parametrize("solver", ["auto", "cholesky"])
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+def test_the_dense_hyper_hessian(solver, dtype):
+    r, p = cleaning_problem(samples=40, dtype=dtype)
+    ev = tb.ImplicitOracle(p, solver=solver).evaluate()
+    before = ev.counts.oracle_calls
+    H = ev.hessian.to_dense()
+    spent = ev.counts.oracle_calls - before
+    tol = 1e-8 if dtype is D else 2e-4
+    torch.testing.assert_close(H.to(D), r.implicit().hessian, rtol=tol, atol=tol * 0.1)
+    assert torch.equal(H, H.mT)
+    assert spent <= 30 < min(p.dx, p.dy)  # K + 4 products of each level and recordings, not dx columns
+
+
+def test_per_feature_l2_hyper_hessian(monkeypatch):
+    monkeypatch.setattr(hessian, "PRODUCTS_A_COLUMN", 100)
+    g, dx, dy, _ = LOSSES["per_feature"]
+
+    clean = randn(8, N, FEATURES)
+
+    def upper(x, y):
+        return ce(clean.to(y) @ y.view(CLASSES, FEATURES).T).mean()
+
+    p = problem(g, dx, dy, upper=upper)
+    ev = tb.ImplicitOracle(p).evaluate()
+    assert ev.hessian._by_outputs()
+    H = ev.hessian.to_dense()
+    torch.testing.assert_close(H, Reference(upper, g, p.x, p.y).implicit().hessian, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(H, LinearOperator.to_dense(ev.hessian), rtol=1e-7, atol=1e-9)
+
+
+def test_damping_is_part_of_the_factor():
+    _, p = cleaning_problem()
+    at = recorded(p, lower=1.0)
+    systems = LowerSystems(damping=0.5)
+    A = systems.operator(at).to_dense()
+    assert at.outputs is not None
+    torch.testing.assert_close(A, at.yy(torch.eye(p.dy, dtype=D)) + 0.5 * torch.eye(p.dy, dtype=D))
+    torch.testing.assert_close(systems.operator(at).matvec(p.y), A @ p.y)
+
+
+def badly_scaled():
+    """Softmax with an L2 weight per feature over eight decades, where plain CG crawls."""
+    n, d, K = 60, 20, 5
+    A, t = randn(10, n, d), torch.arange(n) % K
+    weights = torch.logspace(-5, 3, d, dtype=D)
+
+    def g(x, y):
+        W = y.view(K, d)
+        return F.cross_entropy(A.to(y) @ W.T, t) + x.exp().sum() * (weights * W**2).sum()
+
+    return tb.BilevelProblem.from_functions(lambda x, y: f(x[:1], y / 10), g, torch.zeros(1, dtype=D), randn(11, d * K))
+
+
+def test_the_block_preconditioner():
+    p = badly_scaled()
+    at = recorded(p, lower=1.0)
+    P = found(at).preconditioner()
+    assert P.ok
+    inverse = P(torch.eye(p.dy, dtype=D))
+    torch.testing.assert_close(inverse, inverse.mT)
+    assert float(torch.linalg.eigvalsh(inverse)[0]) > 0
+    b = randn(12, p.dy)
+    torch.testing.assert_close(P(b), inverse @ b)
+    A = LowerSystems().operator(at)
+    with_it, without = cg(A, b, tol=1e-8, preconditioner=P), cg(A, b, tol=1e-8)
+    assert with_it.ok
+    assert 4 * with_it.iterations < without.iterations
+
+
+def test_a_block_that_is_not_positive_definite_is_no_preconditioner():
+    def g(x, y):
+        return (x.sigmoid() * ce(F.linear(X.to(y), y.view(CLASSES, FEATURES)))).mean() - (y * y).sum()
+
+    o = found(recorded(problem(g, N, CLASSES * FEATURES), lower=1.0))
+    assert not o.preconditioner().ok
+    assert o.preconditioner(damping=10.0).ok
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Learners of a test's size count as large: preconditioned CG, not a factor at once."""
+    monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 10)
+
+
+def test_the_ladder_goes_by_blocks(large):
+    """Blocks are made once CG has cost as much, renewed as they age, and never cost more than was spent before."""
+    p, systems, kinds = badly_scaled(), LowerSystems(), []
+    h = Objective(p, lower=1.0, counts=OracleCounts())
+    for seed in range(40):
+        at = h.linearise(p.x + 0.2 * seed, p.y, "y")
+        b = randn(seed, p.dy)
+        solution = systems.solve(at, b, tol=1e-8)
+        assert solution.ok
+        assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-7 * torch.linalg.vector_norm(b)
+        kinds.append(type(systems.factor).__name__)
+    assert kinds[0] == "NoneType"
+    assert "BlockPreconditioner" in kinds
+    assert "NystromPreconditioner" not in kinds
+    assert h.counts.factorisations >= 2
+    assert "outputs' blocks of size 20" in systems.describe() or "Cholesky" in systems.describe()
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "auto", "dlcrn"])
+@pytest.mark.parametrize("size", ["factors", "blocks"])
+def test_resume_is_the_uninterrupted_run(method, size, tmp_path, monkeypatch):
+    if size == "blocks":
+        monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 10)
+
+    def go(steps, **options):
+        return tb.minimize(cleaning_problem()[1], method, max_steps=steps, gradient_tol=1e-12, **options)
+
+    whole = go(8)
+    go(4, checkpoint=tmp_path / "run.pt")
+    resumed = go(8, checkpoint=tmp_path / "run.pt", resume=True)
+    assert torch.equal(resumed.x, whole.x)
+    assert resumed.counts.as_dict() == whole.counts.as_dict()
+
+
+@pytest.mark.parametrize("method", ["auto", "dlcrn", "lfsba", "lazy_slcrn"])
+def test_same_points_with_and_without(method, monkeypatch):
+    """The accelerator on and off: second-order stationary points of the same quality."""
+    r, _ = cleaning_problem()
+
+    def upper(x, y):
+        return r.f(x, y) + 1e-3 * (x * x).mean()
+
+    values = []
+    for on in (True, False):
+        if not on:
+            monkeypatch.setattr(outputs, "SMALL", 10**9)
+        p = tb.BilevelProblem.from_functions(upper, r.g, r.x, r.y0)
+        result = tb.minimize(p, method, max_steps=150, gradient_tol=1e-6)
+        assert result.status is tb.Status.SECOND_ORDER
+        exact = Reference(upper, r.g, r.x, r.y0).implicit(result.x)
+        assert float(exact.gradient.norm()) <= 1e-5
+        assert float(torch.linalg.eigvalsh(exact.hessian)[0]) >= -1e-5
+        values.append(float(exact.value))
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
