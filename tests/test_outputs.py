@@ -386,3 +386,14 @@ def test_same_points_with_and_without(method, monkeypatch):
         assert float(torch.linalg.eigvalsh(exact.hessian)[0]) >= -1e-5
         values.append(float(exact.value))
     assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+@pytest.mark.parametrize("quadrature", [False, True])
+def test_the_dense_hessian_of_the_penalty_surrogates(scheme, quadrature):
+    _, p = cleaning_problem(samples=40)
+    ev = tb.PenaltyOracle(p, 100.0, scheme, quadrature=quadrature).evaluate()
+    assert ev.hessian._by_outputs()
+    H = ev.hessian.to_dense()
+    torch.testing.assert_close(H, LinearOperator.to_dense(ev.hessian), rtol=1e-6, atol=1e-8)
+    assert torch.equal(H, H.mT)

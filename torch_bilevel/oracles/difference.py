@@ -80,8 +80,11 @@ class Segment:
             nodes.append(at)
         return Quotient(value, gx, gy, None, nodes)
 
-    def products(self, d: Tensor, lo: Linearisation, hi: Linearisation):
-        """(u, w) -> product with (Hess h_hi(hi) - Hess h_lo(lo)) / delta; the integral form needs third derivatives."""
+    def hessian_terms(self, d: Tensor, lo: Linearisation, hi: Linearisation) -> list[tuple[float, Linearisation]]:
+        """(weight, at) with sum of weight Hess at = (Hess h_hi(hi) - Hess h_lo(lo)) / delta.
+
+        The integral form needs third derivatives.
+        """
         delta = self.delta
         integral = self.integral
         if integral and not has_third_derivatives(self.problem):
@@ -93,12 +96,11 @@ class Segment:
                 stacklevel=2,
             )
         if not integral:
-            return lambda u, w: _weighted([(1 / delta, hi.joint(u, w)), (-1 / delta, lo.joint(u, w))])
+            return [(1 / delta, hi), (-1 / delta, lo)]
         f = Objective(self.problem, upper=1.0, counts=self.counts)
         g_along_d = Objective(self.problem, tangent=d, counts=self.counts)
         terms = [(weight, f.linearise(self.x, self._point(place, d))) for place, weight in self._upper_ends()]
-        terms += [(weight, g_along_d.linearise(self.x, self._point(place, d))) for place, weight in self._nodes()]
-        return lambda u, w: _weighted([(weight, at.joint(u, w)) for weight, at in terms])
+        return terms + [(weight, g_along_d.linearise(self.x, self._point(place, d))) for place, weight in self._nodes()]
 
     def _point(self, place: float, d: Tensor) -> Tensor:
         return self.lo + (place * self.delta) * d
@@ -114,9 +116,3 @@ class Segment:
     def _upper_ends(self) -> list[tuple[float, float]]:
         """(place on the segment, weight) of f in the quotient: half at each end (central), or at hi (forward)."""
         return [(0.0, 0.5), (1.0, 0.5)] if self.sigmas[0] else [(1.0, 1.0)]
-
-
-def _weighted(terms: list[tuple[float, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    a = sum(weight * pair[0] for weight, pair in terms)
-    b = sum(weight * pair[1] for weight, pair in terms)
-    return a, b

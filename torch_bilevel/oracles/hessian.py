@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .evaluation import require_solution
 
 #: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.
 DENSE_BLOCK, BLOCK_NUMBERS = 256, 2**25
-#: single products that a column of the hyper-Hessian costs where blocks are not had by outputs.
+#: single products that a column of the implicit hyper-Hessian costs where blocks are not had by outputs.
 PRODUCTS_A_COLUMN = 2
 
 
@@ -31,10 +31,9 @@ class HyperHessian(LinearOperator):
 
     Args:
         lo, hi: recorded joint gradients of the two objectives at their minimisers.
-        quotient: (u, w) -> (a, b).
+        terms: (weight, recorded joint gradient) of which Q is the weighted sum of Hessians.
         systems: solves A_lo and A_hi.
         tol: relative residual of the solves, default that of ``systems``.
-        lagrangian: the recorded gradient whose Hessian Q is, where Q is one.
 
     Cost: two solves and a few products per vector. Memory: the retained graphs.
     """
@@ -43,15 +42,13 @@ class HyperHessian(LinearOperator):
         self,
         lo: Linearisation,
         hi: Linearisation,
-        quotient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        terms: Sequence[tuple[float, Linearisation]],
         systems: LowerSystems,
         tol: float | None = None,
-        lagrangian: Linearisation | None = None,
     ):
         columns = max(1, min(DENSE_BLOCK, BLOCK_NUMBERS // (lo.x.numel() + lo.y.numel())))
         super().__init__(lo.x.numel(), dtype=lo.x.dtype, device=lo.x.device, block_size=columns)
-        self.lo, self.hi, self.quotient, self.systems, self.tol = lo, hi, quotient, systems, tol
-        self.lagrangian = lagrangian
+        self.lo, self.hi, self.terms, self.systems, self.tol = lo, hi, terms, systems, tol
         systems.prepare(lo)  # serves hi as well, as a preconditioner: the two differ by O(delta)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -61,6 +58,11 @@ class HyperHessian(LinearOperator):
     def matmat(self, V: Tensor) -> Tensor:
         """(dx, k) -> (dx, k)."""
         return self._product(V)
+
+    def quotient(self, u: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(a, b) = Q (u, w); None stands for zero."""
+        pairs = [(weight, at.joint(u, w)) for weight, at in self.terms]
+        return sum(weight * a for weight, (a, _) in pairs), sum(weight * b for weight, (_, b) in pairs)
 
     def _product(self, u: Tensor) -> Tensor:
         w = require_solution(self.systems.solve(self.lo, -self.lo.yx(u), tol=self.tol), "hyper-Hessian product")
@@ -91,25 +93,35 @@ class HyperHessian(LinearOperator):
         return super().to_dense()
 
     def _by_outputs(self) -> bool:
-        """Whether g_yy and L_yy are had by the learner's outputs, and cheaper than as many products as x has entries."""
-        if self.lagrangian is None:
+        """Whether all blocks are had by the learner's outputs, and cheaper than as many products as x has entries."""
+        ends = [self.lo] if self.hi is self.lo else [self.lo, self.hi]
+        everyone = ends + [at for _, at in self.terms if all(at is not end for end in ends)]
+        calls = [self.systems.calls(at.objective, at.x, at.y) for at in everyone]
+        if not all(calls) or sum(map(price, calls)) > PRODUCTS_A_COLUMN * len(everyone) / 2 * self.n:
             return False
-        both = [self.systems.calls(at.objective, at.x, at.y) for at in (self.lo, self.lagrangian)]
-        if not all(both) or sum(map(price, both)) > PRODUCTS_A_COLUMN * self.n:
-            return False
-        return self.systems.outputs(self.lo) is not None and self.systems.outputs(self.lagrangian) is not None
+        return all(self.systems.outputs(at) is not None for at in everyone)
 
     def _from_outputs(self) -> Tensor:
-        """hess phi = L_xx + L_xy W + W' L_yx + W' L_yy W with W = -g_yy^{-1} g_yx."""
-        self.systems.factor_at(self.lo, attach=True)
-        W = self._solved(self.lo, self._dense_yx(self.lo))
-        H = self._dense_yx(self.lagrangian).add_(self.lagrangian.outputs.times(W), alpha=0.5).mT @ W
-        H = H + H.mT
-        diagonal = self.lagrangian.outputs.xx
-        if diagonal is None:
+        """hess phi = Q_xx + Q_xy W + P (Q_yx + Q_yy W), as in ``to_dense``."""
+        W = self._response(self.lo)
+        P_t = W if self.hi is self.lo else self._response(self.hi)
+        Q_yx = sum(weight * self._dense_yx(at) for weight, at in self.terms)
+        Q_yy_W = sum(weight * at.outputs.times(W) for weight, at in self.terms)
+        if P_t is W:
+            H = Q_yx.add_(Q_yy_W, alpha=0.5).mT @ W
+            H = H + H.mT
+        else:
+            H = Q_yx.mT @ W + P_t.mT @ Q_yy_W.add_(Q_yx)
+            H = (H + H.mT).mul_(0.5)
+        if any(at.outputs.xx is None for _, at in self.terms):
             return H.add_(self._all_of_xx())
-        H.diagonal().add_(diagonal)
+        H.diagonal().add_(sum(weight * at.outputs.xx for weight, at in self.terms))
         return H
+
+    def _response(self, at: Linearisation) -> Tensor:
+        """-h_yy^{-1} h_yx (dy, dx), by a factor made here."""
+        self.systems.factor_at(at, attach=True)
+        return self._solved(at, self._dense_yx(at))
 
     def _dense_yx(self, at: Linearisation) -> Tensor:
         """h_yx (dy, dx): by outputs, else by products from its shorter side."""

@@ -186,7 +186,7 @@ def lagrangian_hessian(
             lower.factor, lower.prepared = at.factor, at.prepared
     if lagrangian is None:
         lagrangian = Objective(problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=counts).linearise(x, y)
-    hessian = HyperHessian(lower, lower, lagrangian.joint, systems, tol, lagrangian)
+    hessian = HyperHessian(lower, lower, [(1.0, lagrangian)], systems, tol)
     if at is not None and at is not lower:  # what is saved of the evaluation says what was decided here
         at.factor, at.prepared = lower.factor, lower.prepared
     return hessian

@@ -215,7 +215,7 @@ class PenaltyOracle(HyperOracle):
         def hessian() -> HyperHessian:
             lo = recorded["lo"] = segment.at_lo()
             hi = recorded["hi"] = recorded["hi"] if "hi" in recorded else segment.at_hi(d)
-            return HyperHessian(lo, hi, segment.products(d, lo, hi), self.systems, self.hessian_tol)
+            return HyperHessian(lo, hi, segment.hessian_terms(d, lo, hi), self.systems, self.hessian_tol)
 
         def lower() -> LowerSolution:
             return self._newton_corrected(segment, d)
