@@ -140,9 +140,10 @@ def large(setting: Setting, args) -> dict:
     at = Objective(problem, lower=1.0, counts=OracleCounts()).linearise(setting.x, state["points"]["y"], "y")
     systems = LowerSystems()
     found = {}
-    found["g_yy"], A = once(lambda: systems.operator(at).to_dense())
-    found["Cholesky"], _ = once(lambda: torch.linalg.cholesky_ex(A))
-    del A, at, ev
+    operator = systems.operator(at)
+    found["g_yy"], A = once(operator.to_dense)
+    found["Cholesky"], _ = once(lambda A=A: torch.linalg.cholesky_ex(A))
+    del A, at, ev, operator
     oracle = tb.ImplicitOracle(problem)
     (megabytes, (total, H)) = peak_memory(lambda: once(lambda: fresh(oracle, state)))
     found["eigendecomposition"], _ = once(lambda: torch.linalg.eigh(H))

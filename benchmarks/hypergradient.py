@@ -202,7 +202,7 @@ def compare(setting: Setting, args) -> dict:
     for target in TARGETS[1:3] if args.quick else args.targets:
         efforts = {c.name: fewest(c, target, exact) for c in everybody}
         there = [c for c in everybody if efforts[c.name] is not None]
-        times = interleaved({c.name: lambda c=c: c.run(efforts[c.name]) for c in there}, args.repeats,
+        times = interleaved({c.name: lambda c=c, effort=efforts[c.name]: c.run(effort) for c in there}, args.repeats,
                             max_seconds=args.max_seconds)  # fmt: skip
         products = {c.name: c.products(efforts[c.name]) for c in there}
         peers = [c.name for c in there if c.peer]

@@ -123,7 +123,7 @@ def test_layers_without_third_derivatives_are_judged_by_the_surrogate():
     problem = tb.BilevelProblem(learner, torch.zeros(2).double(), lower,
                                 lambda learner, hyper, batch: (learner(X) ** 2).mean() + (hyper**2).sum(), (), ())  # fmt: skip
     with pytest.raises(tb.UnsupportedLayerError):
-        tb.ImplicitOracle(problem).evaluate().hessian
+        _ = tb.ImplicitOracle(problem).evaluate().hessian
     cert = tb.certify(problem)
     h = 1e-4
     oracle = tb.ImplicitOracle(problem)

@@ -124,8 +124,8 @@ def test_errors_speak_of_players():
         tb.MinimaxProblem(model, [1.0], loss, (X, T))
     with pytest.raises(tb.ProblemError, match="max_player"):
         tb.MinimaxProblem(model, {"a": torch.arange(3)}, loss, (X, T))
+    shared = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(tb.ProblemError, match=r"min_player\['hyper'\] and max_player"):
-        shared = torch.zeros(3, dtype=torch.float64)
         tb.MinimaxProblem(shared, shared, lambda x, y, b: (x * y).sum() - (y**2).sum(), ())
     with pytest.raises(tb.NonFiniteError, match="the loss is nan"):
         tb.MinimaxProblem(model, attack, loss, (X * float("nan"), T))

@@ -140,8 +140,8 @@ def test_times_by_matrix_and_by_products(columns, monkeypatch):
     monkeypatch.setattr(outputs, "COLUMN_NUMBERS", 60)
     monkeypatch.setattr(outputs, "PROBES", -100)
     o = found(recorded(problem(*LOSSES["logistic"][:3]), lower=1.0))
-    made = []
-    monkeypatch.setattr(type(o), "dense_yy", lambda self, original=type(o).dense_yy: made.append(1) or original(self))
+    made, original = [], outputs.OutputHessian.dense_yy
+    monkeypatch.setattr(outputs.OutputHessian, "dense_yy", lambda self: made.append(1) or original(self))
     W = randn(5, len(o.diagonal), columns)
     torch.testing.assert_close(o.times(W), o.dense_yy() @ W)
     assert len(made) == (1 if columns == 1 else 2)
@@ -210,7 +210,7 @@ def coupled_penalty(x, y):
 
 
 @pytest.mark.parametrize(
-    "g, dy", [(mlp, 2 * FEATURES + 2), (samples_that_meet, 2 * FEATURES), (scaled_weights, 2 * FEATURES // 2),
+    ("g", "dy"), [(mlp, 2 * FEATURES + 2), (samples_that_meet, 2 * FEATURES), (scaled_weights, 2 * FEATURES // 2),
               (inputs_of_x, FEATURES), (coupled_penalty, FEATURES)],
 )  # fmt: skip
 def test_what_is_not_of_this_kind_is_refused_and_still_right(g, dy, monkeypatch):

@@ -225,8 +225,8 @@ def test_several_dtypes_are_refused(data):
     mixed = nn.Sequential(nn.Linear(3, 2, dtype=D), nn.Linear(2, 2))
     with pytest.raises(tb.ProblemError, match="learner: expected one dtype"):
         tb.BilevelProblem(mixed, torch.zeros(2, 3, dtype=D), ridge, mse, data, data)
+    hyper = {"a": torch.zeros(1), "b": torch.zeros(1, dtype=D)}
     with pytest.raises(tb.ProblemError, match="hyper: expected one dtype"):
-        hyper = {"a": torch.zeros(1), "b": torch.zeros(1, dtype=D)}
         tb.BilevelProblem(linear(), hyper, ridge, mse, data, data)
 
 

@@ -55,9 +55,9 @@ __all__ = [
     "GDA", "IMCN", "LMCN", "MCN", "MinimaxOptimizer", "MinimaxOracle", "MinimaxProblem",
     "AID", "Adam", "F2BA", "F2SA", "ITD", "LBFGS", "PAID", "PRAHGD", "RAHGD", "SGD", "StocBiO",
     "BilevelError", "BilevelOptimizer", "BilevelProblem", "Certificate", "ConfigError", "DLCRN", "DoctorReport",
-    "Evaluation", "FSBA", "IFSBA", "ImplicitOracle", "LFSBA", "LazySLCRN", "NonFiniteError", "NotStronglyConvexError", "OracleCounts",
-    "PenaltyOracle", "ProblemError", "RandomSearch", "Result", "SLCRN", "ShapeError", "SingleLoopOracle", "SolverError", "SparseMatrix",
-    "Status", "StepReport", "TPE",
+    "Evaluation", "FSBA", "IFSBA", "ImplicitOracle", "LFSBA", "LazySLCRN", "NonFiniteError", "NotStronglyConvexError",
+    "OracleCounts", "PenaltyOracle", "ProblemError", "RandomSearch", "Result", "SLCRN", "ShapeError", "SingleLoopOracle",
+    "SolverError", "SparseMatrix", "Status", "StepReport", "TPE",
     "UnsupportedLayerError", "certify", "cubic", "doctor", "errors", "linalg", "lower", "make_method", "method_names",
     "methods", "minimize", "oracles",
 ]  # fmt: skip

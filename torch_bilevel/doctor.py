@@ -188,13 +188,14 @@ def _numerical(problem: BilevelProblem):
     size = float(torch.linalg.vector_norm(at.gy)) + h
     if not abs(slope - expected) <= loose * size:
         yield Finding("error", f"{problem.words['lower']}'s gradient disagrees with finite differences ({expected:.4g} against"
-                      f" {slope:.4g}): a layer's backward is wrong, or the loss is not smooth", UnsupportedLayerError)  # fmt: skip
+                      f" {slope:.4g}): a layer's backward is wrong, or the loss is not smooth",
+                      UnsupportedLayerError)  # fmt: skip
     difference = (plus[2] - minus[2]) / (2 * h)
     if not float(torch.linalg.vector_norm(product - difference)) <= loose * (
         float(torch.linalg.vector_norm(difference)) + size
     ):
-        yield Finding("warning", f"{problem.words['lower']}'s second derivatives disagree with finite differences: a layer's double"
-                      " backward is wrong, or the loss has kinks (ReLU, max) near this point")  # fmt: skip
+        yield Finding("warning", f"{problem.words['lower']}'s second derivatives disagree with finite differences: a layer's"
+                      " double backward is wrong, or the loss has kinks (ReLU, max) near this point")  # fmt: skip
     curvature = float(torch.dot(u, product))
     if not curvature > 0:
         yield Finding("warning", problem.words["curved"].format(curvature))

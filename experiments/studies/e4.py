@@ -64,7 +64,7 @@ def _task(key: str, method: str, settings: list[dict[str, Any]], seconds: float,
 
 
 def tune(quick: bool, results: Results) -> list[Task]:
-    """Three settings of every first-order method, on a seed (classes, backbone, episodes) of its own. The quick version takes the first."""
+    """Three settings of every first-order method, on a seed (classes, backbone, episodes) of its own. Quick: the first."""
     return [_task(f"tune-{key(label)}", method, settings, TUNING_SECONDS, TUNING_SEED, quick)
             for label, (method, settings) in ({} if quick else GRIDS).items()]  # fmt: skip
 
@@ -110,7 +110,8 @@ def report(results: Results, figures_dir: Path, quick: bool) -> str:
 
     def runs_of(labels: Any, prefix: str) -> dict[str, list[dict[str, Any]]]:
         found = {label: [unpacked(result)[0] for name, result in results.items()
-                         if "failed" not in result and name.startswith(f"{prefix}{key(label)}-seed")] for label in labels}  # fmt: skip
+                         if "failed" not in result and name.startswith(f"{prefix}{key(label)}-seed")]
+                 for label in labels}  # fmt: skip
         return {label: runs for label, runs in found.items() if runs}
 
     runs, long = runs_of(GRIDS, ""), runs_of((REFERENCE, *SECOND_ORDER), "long-")

@@ -98,7 +98,8 @@ def _values(runs: dict[str, Runs], quick: bool) -> str:
                 quartiles([run.get("seconds") for run in group[method]], 2),
                 sum(run.get("status") == "second_order" for run in group[method]),
             ])  # fmt: skip
-    header = ["", "loss at start", f"after {common}", "trainings", "after these", "test % at start", f"after {common}", "at the end", "seconds",
+    header = ["", "loss at start", f"after {common}", "trainings", "after these", "test % at start",
+              f"after {common}", "at the end", "seconds",
               "certified"]  # fmt: skip
     return markdown(header, rows)
 

@@ -87,7 +87,7 @@ def burn(seconds: float) -> None:
 
 
 def test_budget_counts_cpu_seconds_and_ends_what_runs() -> None:
-    with pytest.raises(BudgetSpent, match="0.2 CPU seconds"), CpuBudget(0.2) as budget:
+    with pytest.raises(BudgetSpent, match="0.2 CPU seconds"), CpuBudget(0.2) as budget:  # noqa: PT012
         with budget.paused():
             burn(0.3)
         time.sleep(0.3)

@@ -178,7 +178,7 @@ def test_a_hessian_is_not_tried_before_twice_its_price_is_spent():
 
 
 def test_hessian_cost_follows_the_counts():
-    """8 columns (the short side) of 3 + 2 products and a factor of size 8, in evaluations; what factors cost is no evaluation's."""
+    """8 columns (the short side) of 3 + 2 products and a factor of size 8, in evaluations; factors are not evaluations."""
     run = tb.make_method("auto").start(nonconvex().problem())
     run.step()
     counts = run.counts

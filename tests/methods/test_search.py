@@ -132,7 +132,7 @@ def test_what_a_search_needs(method):
     with pytest.raises(tb.ConfigError, match="did you mean 'lower'"):
         tb.make_method(method, {"lowr": "newton_cg"})
     with pytest.raises(TypeError, match="ImplicitOracle"):
-        tb.oracles.ValueOracle(quadratic().problem()).evaluate().hessian
+        _ = tb.oracles.ValueOracle(quadratic().problem()).evaluate().hessian
 
 
 def test_bad_options_of_tpe():

@@ -30,7 +30,7 @@ def recorded(monkeypatch):
 # -- the bound -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make, method, lower", [
+@pytest.mark.parametrize(("make", "method", "lower"), [
     (nonconvex, "lbfgs", "agd"), (nonconvex, "dlcrn", "newton_cg"), (hyper_cleaning, "auto", "newton_cg"),
     (one_by_one, "adam", "gradient_descent"), (ill_conditioned, "lbfgs", "newton_cg"),
     (ill_conditioned, "dlcrn", "agd"),
@@ -84,7 +84,7 @@ def test_the_bound_is_first_order():
 # -- the end of a run is exact ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, options", [("lbfgs", AGD), ("dlcrn", AGD), ("auto", {}), ("adam", {"lr": 0.1})])
+@pytest.mark.parametrize(("method", "options"), [("lbfgs", AGD), ("dlcrn", AGD), ("auto", {}), ("adam", {"lr": 0.1})])
 def test_the_result_is_as_exact_as_without_and_first_order_lower_solvers_save_half(method, options):
     case = ill_conditioned()
     runs = [tb.minimize(case.problem(), method, accuracy=theta, max_steps=6, gradient_tol=1e-2, **options)
@@ -130,7 +130,7 @@ def test_with_bounds_it_is_the_projected_gradient_that_counts():
 
 
 @pytest.mark.parametrize(
-    "method, options", [("lbfgs", AGD), ("dlcrn", {"period": "adaptive"}), ("auto", AGD), ("adam", {})]
+    ("method", "options"), [("lbfgs", AGD), ("dlcrn", {"period": "adaptive"}), ("auto", AGD), ("adam", {})]
 )
 def test_resume_is_bit_for_bit(method, options, tmp_path):
     def go(steps, **more):

@@ -144,7 +144,8 @@ class KeptFactor:
     def make(self, level: int, operator: LinearOperator, at: Linearisation) -> Factor:
         """The factor (level n), blocks or sketch of the operator at a recorded point; kept if it succeeds. Look at ``.ok``.
 
-        Cost: ``level`` products in blocks, or those of ``OutputHessian``; n^3 / 3 multiplications and n^2 numbers, or about 8 n level^2 and 3 n level.
+        Cost: ``level`` products in blocks, or those of ``OutputHessian``; n^3 / 3 multiplications and n^2 numbers, or
+            about 8 n level^2 and 3 n level.
         """
         at.objective.counts.add(factorisations=1)
         if level >= operator.n:
@@ -166,7 +167,8 @@ class KeptFactor:
         """For an exact resume. A large factor is not saved but the point where it was made, to make it there again."""
         small = self.is_cholesky() and is_exact(self.factor.n)
         return {"L": self.factor.L if small else None, "born": None if small or self.factor is None else self.born,
-                "level": self.level, "spent": [self.spent, self.missed], "rates": [self.rate, self._fresh, self._seen, self._blocks_rate]}  # fmt: skip
+                "level": self.level, "spent": [self.spent, self.missed],
+                "rates": [self.rate, self._fresh, self._seen, self._blocks_rate]}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem, operator) -> None:
         """``operator``: the system's operator at a recorded point. A run's state is loaded more than once."""

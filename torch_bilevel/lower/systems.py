@@ -161,8 +161,7 @@ class LowerSystems:
 
         Cost: counted as one solve per column; products as they come; a factorisation when one is made.
         """
-        counts, n = at.objective.counts, at.y.numel()
-        counts.add(solves=1 if b.dim() == 1 else b.shape[1])
+        at.objective.counts.add(solves=1 if b.dim() == 1 else b.shape[1])
         tol = tol if tol is not None else self.tol if self.tol is not None else default_tol(b.dtype)
         exact, ladder = at.factor, self.ladder(at)
         if exact is None and self.solver == "cholesky":

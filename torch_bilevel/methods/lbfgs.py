@@ -18,7 +18,6 @@ from .line_search import Trial, strong_wolfe
 from .registry import register
 from .second_order import oracle_options
 
-
 #: share of the value that the first step along a gradient foresees as its decrease
 FORESEEN = 0.1
 #: initial inverse Hessians of the recursion, and how far a diagonal one may be from its scalar

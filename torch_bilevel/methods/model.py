@@ -44,8 +44,8 @@ class HessianModel:
     replaced by |H| on the diagonal and their gradient by zero. A new mask costs a new eigendecomposition or basis.
     """
 
-    def __init__(self, hessian: LinearOperator | None, *, kind: str = "auto", tol: float = 1e-2,
-                 max_basis: int | None = None, eps: float = 1e-4, seed: int = 0, state: dict[str, Any] | None = None):  # fmt: skip
+    def __init__(self, hessian: LinearOperator | None, *, kind: str = "auto", tol: float = 1e-2, max_basis: int | None = None,
+                 eps: float = 1e-4, seed: int = 0, state: dict[str, Any] | None = None):  # fmt: skip
         check_kind(kind)
         n, dtype = (hessian.n, hessian.dtype) if hessian is not None else (len(state["matrix"]), state["matrix"].dtype)
         if max_basis is None:
@@ -85,7 +85,8 @@ class HessianModel:
             )
         if self.kind == "gradient":
             return operator
-        return KrylovModel(operator, tol=self.tol, curvature_tol=CURVATURE_TOL, max_basis=self.max_basis, seed=self.seed, state=state)
+        return KrylovModel(operator, tol=self.tol, curvature_tol=CURVATURE_TOL, max_basis=self.max_basis,
+                           seed=self.seed, state=state)  # fmt: skip
 
     def solve(self, gradient: Tensor, cubic_reg: float, free: Tensor | None = None) -> CubicStep:
         """The cubic step for a (fresh) gradient and M, on the free variables."""

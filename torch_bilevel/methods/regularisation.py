@@ -62,7 +62,8 @@ class FixedRegularisation:
 
 @final
 class FittedRegularisation:
-    """M from the steps themselves: M <- clip(2 fit, M/2, 4 M), down to M/4 after four accepted steps in a row, wider in the first steps (ours).
+    """M from the steps themselves: M <- clip(2 fit, M/2, 4 M), down to M/4 after four accepted steps in a row,
+    wider in the first steps (ours).
 
     A step is accepted when the decrease is at least ``eta`` of the predicted one. The fitted coefficient costs
     nothing, and hardly a step is rejected; fixed shrink-and-grow factors lose half of the evaluations

@@ -96,7 +96,8 @@ def LFSBA(
         Others: see FSBA.
     """
     return CubicNewton(
-        "lfsba", lambda problem: PenaltyOracle(problem, penalty, scheme, **for_steps(oracle)), regularisation(cubic_reg, adaptive),
+        "lfsba", lambda problem: PenaltyOracle(problem, penalty, scheme, **for_steps(oracle)),
+        regularisation(cubic_reg, adaptive),
         make_schedule(period), hessian=hessian, model_tol=model_tol, max_basis=max_basis,
     )  # fmt: skip
 

@@ -14,6 +14,6 @@ from .value import ValueOracle
 
 __all__ = [
     "AIDOracle", "Evaluation", "FiniteDifferenceOracle", "HyperHessian", "HyperOracle", "ImplicitOracle",
-    "LowerSolution", "MinimaxOracle", "PenaltyOracle", "SchurComplement", "SingleLoopOracle", "StochasticOracle", "UnrolledOracle",
-    "ValueOracle",
+    "LowerSolution", "MinimaxOracle", "PenaltyOracle", "SchurComplement", "SingleLoopOracle", "StochasticOracle",
+    "UnrolledOracle", "ValueOracle",
 ]  # fmt: skip

@@ -192,7 +192,7 @@ class HyperOracle(ABC):
         """``ev`` at the oracle's own tolerances: itself, unless it was made at looser ones."""
         return ev
 
-    def stricter(self) -> None:
+    def stricter(self) -> None:  # noqa: B027
         """A run has stalled on evaluations looser than the oracle's own tolerances: allow less from now on."""
 
     def value_noise(self, size: float) -> float:
