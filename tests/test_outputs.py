@@ -221,7 +221,8 @@ def test_what_is_not_of_this_kind_is_refused_and_still_right(g, dy, monkeypatch)
     assert systems.outputs(at) is None
     assert at.objective.counts.as_dict() == counts.as_dict()  # asked once a run
     torch.testing.assert_close(systems.operator(at).to_dense(), blocks(g, at.x, at.y)[3])
-    assert LowerSystems().state_dict()["plain"] == []
+    assert systems.state_dict()["by_outputs"].get("g") is not True
+    assert systems.ladder(at).prices == kept.Ladder.plain(dy, D).prices
 
 
 def test_x_of_other_samples_is_no_cross_term(monkeypatch):

@@ -91,7 +91,7 @@ class LowerSystems:
         self._spectrum_given = spectrum is not None
         self.kept = KeptFactor()
         self._calls: dict[str, tuple[Any, list[LinearCall]]] = {}  # kind of objective: data, calls
-        self._plain: set[str] = set()  # kinds whose Hessian is not that of its outputs
+        self._by_outputs: dict[str, bool] = {}  # whether its Hessian was seen to be that of its outputs
 
     @property
     def factor(self) -> Factor | None:
@@ -115,8 +115,8 @@ class LowerSystems:
         if at.outputs is None:
             calls = self.calls(at.objective, at.x, at.y)
             at.outputs = OutputHessian.of(at, calls) if calls else None
-            if calls and at.outputs is None:
-                self._plain.add(at.objective.kind)
+            if calls:
+                self._by_outputs[at.objective.kind] = at.outputs is not None
         return at.outputs
 
     def calls(self, objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
@@ -125,7 +125,7 @@ class LowerSystems:
         Looked up once for the problem's data: what does not depend on x or y is the same everywhere.
         """
         kind, data = objective.kind, objective.problem.data()
-        if kind in self._plain:
+        if self._by_outputs.get(kind) is False:
             return []
         kept, calls = self._calls.get(kind, (None, []))
         if kept is None or any(a is not b for a, b in zip(kept, data)):
@@ -140,7 +140,7 @@ class LowerSystems:
 
     def ladder(self, at: Linearisation) -> Ladder:
         """What may be kept, and at what price."""
-        n, calls = at.y.numel(), self.calls(at.objective, at.x, at.y)
+        n, calls = at.y.numel(), self._tested_calls(at)
         plain = Ladder.plain(n, at.y.dtype)
         if not calls:
             return plain
@@ -151,9 +151,17 @@ class LowerSystems:
             prices[n] = min(plain.prices[n], price(calls, n**3 / 6))
         return Ladder(n, prices, size if own else None, 1.5 * n**2 / one_product(calls))  # memory-bound
 
+    def _tested_calls(self, at: Linearisation) -> list[LinearCall]:
+        """As ``calls``, once the Hessian at one point was seen to be that of its outputs."""
+        calls = self.calls(at.objective, at.x, at.y)
+        if calls and at.objective.kind not in self._by_outputs and self.solver in ("auto", "cholesky"):
+            self.outputs(at)
+            calls = self.calls(at.objective, at.x, at.y)
+        return calls
+
     def factor_price(self, at: Linearisation) -> float:
         """What a Cholesky factor at this point costs, in products with one vector."""
-        n, calls = at.y.numel(), self.calls(at.objective, at.x, at.y)
+        n, calls = at.y.numel(), self._tested_calls(at)
         return min(price(calls, n**3 / 6), n / BLOCK_DISCOUNT) if calls else n / BLOCK_DISCOUNT
 
     def solve(self, at: Linearisation, b: Tensor, *, tol: float | None = None, x0: Tensor | None = None) -> Solution:
@@ -168,7 +176,7 @@ class LowerSystems:
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
             exact = self._make(at, self.kept.due(ladder))
-        if ladder.blocks is not None and exact is None:
+        if self.solver == "auto" and ladder.blocks is not None and exact is None:
             self.outputs(at)  # which make products, and blocks, cheaper
         A = self.operator(at)
         if self.solver == "chebyshev":
@@ -281,12 +289,12 @@ class LowerSystems:
     def state_dict(self) -> dict[str, Any]:
         """What is kept, for an exact resume."""
         interval = None if self.spectrum is None else [self.spectrum.lowest, self.spectrum.largest]
-        return {"kept": self.kept.state_dict(), "spectrum": interval, "plain": sorted(self._plain)}
+        return {"kept": self.kept.state_dict(), "spectrum": interval, "by_outputs": dict(self._by_outputs)}
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
-        self._plain = set(state["plain"])
+        self._by_outputs = dict(state["by_outputs"])
 
 
 class LowerHessian(LinearOperator):
