@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 import torch_bilevel as tb
 from tests.reference import Reference, blocks, cleaning
-from torch_bilevel import outputs
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import LinearOperator, cg
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.oracles import hessian
+from torch_bilevel.outputs import OutputHessian, calls
+from torch_bilevel.outputs import hessian as output_hessian
 
 D = torch.float64
 N, FEATURES, CLASSES = 9, 7, 3
@@ -30,7 +31,7 @@ X, LABELS = randn(0, N, FEATURES), torch.arange(N) % CLASSES
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Learners of a test's size are worth it."""
-    monkeypatch.setattr(outputs, "SMALL", 0)
+    monkeypatch.setattr(calls, "SMALL", 0)
 
 
 def ce(logits: Tensor) -> Tensor:
@@ -57,6 +58,13 @@ def scalar_bias(x, y):
 
 def columns(x, y):
     return (x.sigmoid() * ce(torch.matmul(X.to(y), y.view(FEATURES, CLASSES)))).mean() + (y.cosh()).sum()
+
+
+def by_keywords(x, y):
+    """A bias by keyword; and a call that cannot be read and is left alone."""
+    W, b = y[: CLASSES * FEATURES].view(CLASSES, FEATURES), y[CLASSES * FEATURES :]
+    other = torch.matmul(input=X.to(y)[:2], other=torch.ones_like(X[0]).to(y))
+    return (x.sigmoid() * ce(F.linear(X.to(y), W, bias=b))).mean() + 0.1 * (y * y).sum() + other.sum()
 
 
 def logistic(x, y):
@@ -87,6 +95,7 @@ LOSSES = {  # g, dx, dy, whether x_i belongs to a sample
     "linear_layer": (linear_layer, N, CLASSES * (FEATURES + 1), True),
     "added_bias": (added_bias, N, CLASSES * (FEATURES + 1), True),
     "scalar_bias": (scalar_bias, N, FEATURES + 1, True),
+    "by_keywords": (by_keywords, N, CLASSES * (FEATURES + 1), True),
     "transposed": (transposed, N, CLASSES * FEATURES, True),
     "columns": (columns, N, CLASSES * FEATURES, True),
     "logistic": (logistic, N, 14 // 2, True),
@@ -111,14 +120,14 @@ def recorded(p: tb.BilevelProblem, **terms):
 
 
 def found(at):
-    calls = outputs.watch(at.objective, at.x, at.y)
-    return outputs.OutputHessian.of(at, calls) if calls else None
+    made = calls.watch(at.objective, at.x, at.y)
+    return OutputHessian.of(at, made) if made else None
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_blocks_are_those_of_the_reference(name, monkeypatch):
     g, dx, dy, own = LOSSES[name]
-    monkeypatch.setattr(outputs, "PROBES", -100)  # as if they always paid
+    monkeypatch.setattr(calls, "PROBES", -100)  # as if they always paid
     at = recorded(problem(g, dx, dy), lower=1.0)
     o = found(at)
     xx, _, yx, yy = blocks(g, at.x, at.y)
@@ -137,11 +146,11 @@ def test_blocks_are_those_of_the_reference(name, monkeypatch):
 @pytest.mark.parametrize("columns", [1, 100])
 def test_times_by_matrix_and_by_products(columns, monkeypatch):
     """Many columns are multiplied by the matrix, few by blocks of products, in parts that fit the memory."""
-    monkeypatch.setattr(outputs, "COLUMN_NUMBERS", 60)
-    monkeypatch.setattr(outputs, "PROBES", -100)
+    monkeypatch.setattr(output_hessian, "COLUMN_NUMBERS", 60)
+    monkeypatch.setattr(calls, "PROBES", -100)
     o = found(recorded(problem(*LOSSES["logistic"][:3]), lower=1.0))
-    made, original = [], outputs.OutputHessian.dense_yy
-    monkeypatch.setattr(outputs.OutputHessian, "dense_yy", lambda self: made.append(1) or original(self))
+    made, original = [], OutputHessian.dense_yy
+    monkeypatch.setattr(OutputHessian, "dense_yy", lambda self: made.append(1) or original(self))
     W = randn(5, len(o.diagonal), columns)
     torch.testing.assert_close(o.times(W), o.dense_yy() @ W)
     assert len(made) == (1 if columns == 1 else 2)
@@ -214,7 +223,7 @@ def coupled_penalty(x, y):
               (inputs_of_x, FEATURES), (coupled_penalty, FEATURES)],
 )  # fmt: skip
 def test_what_is_not_of_this_kind_is_refused_and_still_right(g, dy, monkeypatch):
-    monkeypatch.setattr(outputs, "PROBES", -100)
+    monkeypatch.setattr(calls, "PROBES", -100)
     systems, at = LowerSystems(), recorded(problem(g, N, dy), lower=1.0)
     assert systems.outputs(at) is None
     counts = at.objective.counts.copy()
@@ -226,7 +235,7 @@ def test_what_is_not_of_this_kind_is_refused_and_still_right(g, dy, monkeypatch)
 
 
 def test_x_of_other_samples_is_no_cross_term(monkeypatch):
-    monkeypatch.setattr(outputs, "PROBES", -100)
+    monkeypatch.setattr(calls, "PROBES", -100)
 
     def g(x, y):
         return (x.flip(0).sigmoid() * F.softplus(X.to(y) @ y)).sum() + (y.cosh()).sum()
@@ -238,9 +247,9 @@ def test_x_of_other_samples_is_no_cross_term(monkeypatch):
 def test_small_learners_are_not_watched(monkeypatch):
     g, dx, dy, _ = LOSSES["linear_layer"]
     at = recorded(problem(g, dx, dy), lower=1.0)
-    assert outputs.watch(at.objective, at.x, at.y)
-    monkeypatch.setattr(outputs, "SMALL", dy)
-    assert not outputs.watch(at.objective, at.x, at.y)
+    assert calls.watch(at.objective, at.x, at.y)
+    monkeypatch.setattr(calls, "SMALL", dy)
+    assert not calls.watch(at.objective, at.x, at.y)
 
 
 def cleaning_problem(samples: int = 30, features: int = 12, dtype=D):
@@ -378,7 +387,7 @@ def test_same_points_with_and_without(method, monkeypatch):
     values = []
     for on in (True, False):
         if not on:
-            monkeypatch.setattr(outputs, "SMALL", 10**9)
+            monkeypatch.setattr(calls, "SMALL", 10**9)
         p = tb.BilevelProblem.from_functions(upper, r.g, r.x, r.y0)
         result = tb.minimize(p, method, max_steps=150, gradient_tol=1e-6)
         assert result.status is tb.Status.SECOND_ORDER

@@ -24,15 +24,14 @@ from ..linalg import (
 )
 from ..linalg.solve import default_tol
 from ..outputs import (
-    PROBES,
     BlockPreconditioner,
     LinearCall,
     OutputHessian,
     block_price,
     block_size,
-    most_outputs,
     one_product,
     price,
+    products_to_factor,
     watch,  # fmt: skip
 )
 from ..problem import BilevelProblem
@@ -136,7 +135,7 @@ class LowerSystems:
     def products_to_factor(self, objective: Objective, x: Tensor, y: Tensor) -> int:
         """Products with h_yy that a Cholesky factor takes."""
         calls = self.calls(objective, x, y)
-        return most_outputs(calls) + PROBES if calls else y.numel()
+        return products_to_factor(calls) if calls else y.numel()
 
     def ladder(self, at: Linearisation) -> Ladder:
         """What may be kept, and at what price."""
@@ -145,7 +144,7 @@ class LowerSystems:
         if not calls:
             return plain
         size = block_size(calls)
-        own = size is not None and not is_exact(n) and size**2 * most_outputs(calls) * at.y.element_size() <= SKETCH_BYTES
+        own = size is not None and not is_exact(n) and size * n * at.y.element_size() <= SKETCH_BYTES
         prices = {size: block_price(calls)} if own else {k: v for k, v in plain.prices.items() if k < n}
         if n in plain.prices:
             prices[n] = min(plain.prices[n], price(calls, n**3 / 6))

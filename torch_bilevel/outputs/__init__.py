@@ -1,0 +1,19 @@
+"""Hessians of losses that see the learner through linear maps of fixed inputs, assembled from those of its outputs.
+
+A linear layer on data (or on the features of a frozen network) makes z = X V of the inputs X (n, d) and of weights V
+that are entries of y; a loss that treats its samples one by one then has
+
+    h_yy = A' B A + diag(d),   h_yx = A' C,      A: y -> z,  B: one (K, K) block a sample,  C: one x_i a sample,
+
+with X' diag(B_kl) X for each pair of outputs: K products and n d^2 K^2 multiplications instead of K d products. Nobody
+declares this: the calls are found by watching the loss, the blocks by a few products, and the whole is believed if it
+multiplies random vectors as the true Hessian does.
+"""
+
+from .blocks import BlockPreconditioner
+from .calls import LinearCall, watch
+from .hessian import OutputHessian
+from .prices import block_price, block_size, one_product, price, products_to_factor
+
+__all__ = ["BlockPreconditioner", "LinearCall", "OutputHessian", "block_price", "block_size", "one_product", "price",
+           "products_to_factor", "watch"]  # fmt: skip

@@ -1,0 +1,43 @@
+"""What Hessians by outputs cost, from the calls alone, in products of h_yy with one vector."""
+
+from __future__ import annotations
+
+import torch
+
+from .calls import PROBES, LinearCall
+
+#: a multiplication inside a large matrix product over one inside a product with a vector, in time
+GEMM = 0.4
+#: multiplications of a product with a vector that take as long as the calls it is made of
+LEAST = 1_000_000
+
+
+def products_to_factor(calls: list[LinearCall]) -> int:
+    """Products that are counted where h_yy is formed."""
+    return max(call.index.shape[1] for call in calls) + PROBES
+
+
+def one_product(calls: list[LinearCall]) -> float:
+    """Multiplications of a product with h_yy, at least as many as take the time of its calls."""
+    return max(LEAST, sum(2 * len(c.X) * c.index.numel() for c in calls))
+
+
+def price(calls: list[LinearCall], more: float = 0.0) -> float:
+    """The time of h_yy by these calls and of ``more`` multiplications in large matrix products, in products with a vector."""
+    sizes = [(len(c.X), *c.index.shape) for c in calls]
+    dense = sum(n * d * d * K * (K + 1) / 2 for n, d, K in sizes)
+    return products_to_factor(calls) + GEMM * (dense + more) / one_product(calls)
+
+
+def block_size(calls: list[LinearCall]) -> int | None:
+    """Of a ``BlockPreconditioner``; None where the calls do not share their weights, or have one output only."""
+    index = calls[0].index
+    same = all(torch.equal(call.index, index) for call in calls[1:])
+    return index.shape[0] if same and index.shape[1] > 1 else None
+
+
+def block_price(calls: list[LinearCall]) -> float:
+    """The time of a ``BlockPreconditioner``, in products with a vector."""
+    d, K = calls[0].index.shape
+    made = sum(len(call.X) for call in calls) * d**2 * K + d**3 * K
+    return products_to_factor(calls) + GEMM * made / one_product(calls)
