@@ -250,3 +250,12 @@ def test_the_diagonal_scaling_keeps_the_secant_equation_and_undoes_the_scales_of
     assert torch.allclose(inverse_product(g, one, None, "diagonal"), g / scales)
     with pytest.raises(tb.ConfigError, match="scaling 'diag' is not known"):
         tb.LBFGS(scaling="diag")
+
+
+def test_the_first_diagonal_direction_moves_small_gradients_too():
+    """Halfway, on a logarithmic scale, between the gradient and its signs; no further for what is below a hundredth."""
+    g = torch.tensor([-4.0, 1.0, 0.04, 4e-6, 0.0], dtype=torch.float64)
+    found = inverse_product(g, [], None, "diagonal")
+    torch.testing.assert_close(found, torch.tensor([-4.0, 2.0, 0.4, 4e-5, 0.0], dtype=torch.float64))
+    assert torch.equal(inverse_product(g, [], None), g)
+    assert torch.equal(inverse_product(0 * g, [], None, "diagonal"), 0 * g)

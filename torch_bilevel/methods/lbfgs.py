@@ -80,15 +80,15 @@ class LBFGSRun(Run):
         value = float(ev.value)
         tol = self.oracle.lower_tol if self.oracle.lower_tol is not None else tolerance_of_step(self.x.dtype)
         noise = 10 * tol * abs(value) + ev.value_bound  # of values at lower solutions that are good to tol
-        first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction))
+        first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction, slope))
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
 
-    def _first_length(self, value: float, direction: Tensor) -> float:
-        """A first length along the gradient, whatever the scales of value and x: it foresees a tenth off the value, but
+    def _first_length(self, value: float, direction: Tensor, slope: float) -> float:
+        """A first length where nothing is known of curvature, whatever the scales of value and x: it foresees a tenth off the value, but
         moves no component of x by more than max(1, |x|_inf); at least the customary min(1, 1 / |g|_1)."""
-        sizes = [direction.abs().sum(), direction.abs().max(), torch.linalg.vector_norm(direction), self.x.abs().max()]
-        total, largest, norm, reach = torch.stack(sizes).tolist()
-        return max(min(1.0, 1.0 / total), min(FORESEEN * abs(value) / norm**2, max(1.0, reach) / largest))
+        sizes = [direction.abs().sum(), direction.abs().max(), self.x.abs().max()]
+        total, largest, reach = torch.stack(sizes).tolist()
+        return max(min(1.0, 1.0 / total), min(FORESEEN * abs(value) / -slope, max(1.0, reach) / largest))
 
     def _try(self, ev: Evaluation, length: float, direction: Tensor) -> Trial:
         """The trial at P(x + length d); a component held by a bound there no longer counts in the slope."""
@@ -132,9 +132,22 @@ def inverse_product(
         s, y = pairs[-1]
         scalar = torch.dot(s, y) / torch.dot(y, y)
         q = q * (scalar if scaling == "scalar" else _diagonal(pairs, scalar))
+    elif scaling == "diagonal":
+        q = _levelled(q)
     for (s, y), alpha in zip(pairs, reversed(alphas)):
         q = q + (alpha - torch.dot(y, q) / torch.dot(s, y)) * s
     return q
+
+
+def _levelled(gradient: Tensor) -> Tensor:
+    """Halfway, on a logarithmic scale, from the gradient to its signs, for components within 1e-2 of the largest.
+
+    Where gradients differ by orders of magnitude (an L2 weight per feature), nothing moves along the gradient but the largest.
+    Adam goes all the way to the signs.
+    """
+    size = gradient.abs()
+    top = size.max()
+    return gradient / (size / torch.where(top > 0, top, 1.0)).clamp_min(1 / SPREAD**2).sqrt()
 
 
 def _diagonal(pairs: list[tuple[Tensor, Tensor]], scalar: Tensor) -> Tensor:
@@ -163,7 +176,8 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, scaling: str = "scalar", **oracl
             off the value and moves no hyperparameter by more than max(1, |x|_inf).
         memory: pairs kept, default 10.
         scaling: initial inverse Hessian of the recursion: 'scalar', s'y / y'y of the last pair (default, as in the book), or
-            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, within ten times the scalar.
+            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, within ten times the scalar, and
+            a first direction g_i / sqrt|g_i|.
         oracle: options of ImplicitOracle.
 
     Cost of a step: one evaluation per trial length, mostly one.
