@@ -31,7 +31,7 @@ from benchmarks.problems import Setting, curvature
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.lower import LowerSystems
-from torch_bilevel.lower.kept import KeptFactor
+from torch_bilevel.lower.kept import is_exact
 
 TARGETS = (1e-2, 1e-3, 1e-4, 1e-5)
 EQUAL_PRODUCTS = 20
@@ -53,13 +53,14 @@ class Ours:
     """Our hypergradient at (x, y), solved to a tolerance of 10^(-effort / 8).
 
     Args:
-        level: None: cold, by reorthogonalised CG. 0: started at the adjoint of the outer step before. n: also with
-            the factor kept from there, of rank n (n = dy: Cholesky), see ``lower.kept.KeptFactor``.
+        level: None: cold, nothing kept. 0: started at the adjoint of the outer step before. n: also with what is kept
+            from there, of rank n (n = dy: Cholesky), see ``lower.kept.Ladder``.
     """
 
     def __init__(self, setting: Setting, level: int | None):
         self.setting = setting
-        self.oracle = tb.ImplicitOracle(setting.problem(), solver="auto" if level else "cg")
+        small = is_exact(setting.dy)  # where 'auto' makes a factor at once, for later
+        self.oracle = tb.ImplicitOracle(setting.problem(), solver="cg" if small and not level else "auto")
         self.preparation = 0.0
         if level is not None:
             before = tb.ImplicitOracle(self.oracle.problem, solver="cg").at_point(setting.x_before, setting.y_before)
@@ -166,8 +167,11 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
     cold = Ours(setting, None)
     cold.run(1)  # before anything is timed
     ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0)}
-    for level in KeptFactor.levels(setting.dy, setting.x.dtype):
-        what = "Cholesky" if level == setting.dy else f"sketch of rank {level}"
+    at = Objective(cold.oracle.problem, lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
+    ladder = cold.systems.ladder(at)
+    for level in ladder.prices:
+        kind = "blocks of size" if level == ladder.blocks else "sketch of rank"
+        what = "Cholesky" if level == setting.dy else f"{kind} {level}"
         ours_by_name[f"ours, warm start, {what}"] = Ours(setting, level)
         making[what] = ours_by_name[f"ours, warm start, {what}"].preparation
     for name, ours in ours_by_name.items():
