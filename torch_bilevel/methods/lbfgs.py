@@ -84,8 +84,11 @@ class LBFGSRun(Run):
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
 
     def _first_length(self, value: float, direction: Tensor, slope: float) -> float:
-        """A first length where nothing is known of curvature, whatever the scales of value and x: it foresees a tenth off the value, but
-        moves no component of x by more than max(1, |x|_inf); at least the customary min(1, 1 / |g|_1)."""
+        """A first length where nothing is known of curvature, whatever the scales of value and x.
+
+        It foresees a tenth off the value, but moves no component of x by more than max(1, |x|_inf); at least the
+        customary min(1, 1 / |g|_1).
+        """
         sizes = [direction.abs().sum(), direction.abs().max(), self.x.abs().max()]
         total, largest, reach = torch.stack(sizes).tolist()
         return max(min(1.0, 1.0 / total), min(FORESEEN * abs(value) / -slope, max(1.0, reach) / largest))
