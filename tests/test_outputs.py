@@ -248,6 +248,7 @@ def test_small_learners_are_not_watched(monkeypatch):
     g, dx, dy, _ = LOSSES["linear_layer"]
     at = recorded(problem(g, dx, dy), lower=1.0)
     assert calls.watch(at.objective, at.x, at.y)
+    assert not calls.watch(at.objective, at.x.bfloat16(), at.y.bfloat16())
     monkeypatch.setattr(calls, "SMALL", dy)
     assert not calls.watch(at.objective, at.x, at.y)
 

@@ -105,10 +105,11 @@ class Watch(TorchFunctionMode):
 def watch(objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
     """The linear maps of fixed inputs in f and g, as far as the objective uses them, in the order of its calls.
 
-    None of them where the data comes in chunks, or where they would save less than half of the products with h_yy.
+    None of them where the data comes in chunks, where they would save less than half of the products with h_yy, or in
+    bfloat16, where rounding hides what is not of this kind.
     Cost: one evaluation of the losses, not counted: it is made once a run, like the checks of the problem.
     """
-    if len(y) <= SMALL or not objective.is_single:
+    if len(y) <= SMALL or not objective.is_single or y.dtype not in (torch.float32, torch.float64):
         return []
     x, y = x.clone().requires_grad_(True), y.clone().requires_grad_(True)
     with torch.enable_grad(), Watch(y) as mode:
