@@ -408,3 +408,19 @@ def test_the_dense_hessian_of_the_penalty_surrogates(scheme, quadrature):
     H = ev.hessian.to_dense()
     torch.testing.assert_close(H, LinearOperator.to_dense(ev.hessian), rtol=1e-6, atol=1e-8)
     assert torch.equal(H, H.mT)
+
+
+def test_an_upper_loss_with_a_full_hessian_in_x():
+    """Q_xx is then formed by products."""
+    r, _ = cleaning_problem(samples=40)
+    B = randn(20, 40, 40) / 40
+
+    def upper(x, y):
+        return r.f(x, y) + torch.cos(B @ x).sum()
+
+    p = tb.BilevelProblem.from_functions(upper, r.g, r.x, r.y0)
+    ev = tb.ImplicitOracle(p).evaluate()
+    assert ev.hessian._by_outputs()
+    H = ev.hessian.to_dense()
+    torch.testing.assert_close(H, Reference(upper, r.g, p.x, p.y).implicit().hessian, rtol=1e-8, atol=1e-9)
+    assert torch.equal(H, H.mT)

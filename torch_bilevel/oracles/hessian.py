@@ -77,7 +77,7 @@ class HyperHessian(LinearOperator):
             hess phi = Q_xx + Q_xy W + P (Q_yx + Q_yy W),   W = -A_lo^{-1} lo_yx,   P' = -A_hi^{-1} hi_yx,
         and Q_xx by three products where it is diagonal (weights of samples, most regularisers), else by dx.
 
-        Where the learner's outputs give the blocks, two matrix products put them together.
+        Where the learner's outputs give the blocks (``torch_bilevel.outputs``), they are put together by matrix products.
 
         Cost: about 3 min(dx, dy) products and dx or 2 dx solves; Q_xx see above; 3 dx dy max(dx, dy) multiplications.
         """
@@ -114,7 +114,8 @@ class HyperHessian(LinearOperator):
             H = Q_yx.mT @ W + P_t.mT @ Q_yy_W.add_(Q_yx)
             H = (H + H.mT).mul_(0.5)
         if any(at.outputs.xx is None for _, at in self.terms):
-            return H.add_(self._all_of_xx())
+            Q_xx = self._all_of_xx()
+            return H.add_(Q_xx + Q_xx.mT, alpha=0.5)
         H.diagonal().add_(sum(weight * at.outputs.xx for weight, at in self.terms))
         return H
 
