@@ -91,7 +91,7 @@ def small(setting: Setting, args) -> dict:
     penalty, implicit = tb.PenaltyOracle(problem, penalty=PENALTY), tb.ImplicitOracle(problem)
     states = [oracle.evaluate(setting.x).state_dict() for oracle in (penalty, implicit)]
     for state in states:
-        state["recorded"] = {name: [wrt, False, False] for name, (wrt, *_) in state["recorded"].items()}
+        state["recorded"] = {name: [wrt, False, False, False] for name, (wrt, *_) in state["recorded"].items()}
     rows = RowByRow(setting, states[0]["points"])
     ev = tb.ImplicitOracle(problem).evaluate(setting.x)
     operator = ev.hessian

@@ -361,7 +361,7 @@ def test_the_ladder_goes_by_blocks(large):
     assert "outputs' blocks of size 20" in systems.describe() or "Cholesky" in systems.describe()
 
 
-@pytest.mark.parametrize("method", ["lbfgs", "auto", "dlcrn"])
+@pytest.mark.parametrize("method", ["lbfgs", "auto", "dlcrn", "lfsba", "slcrn", "lazy_slcrn"])
 @pytest.mark.parametrize("size", ["factors", "blocks"])
 def test_resume_is_the_uninterrupted_run(method, size, tmp_path, monkeypatch):
     if size == "blocks":

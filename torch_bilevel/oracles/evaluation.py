@@ -119,7 +119,8 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything ``HyperOracle.restore`` needs to rebuild this evaluation without a lower solve."""
-        recorded = {name: [at.wrt, at.factor is not None, at.prepared] for name, at in self.recorded.items()}
+        recorded = {name: [at.wrt, at.factor is not None, at.prepared, at.outputs is not None]
+                    for name, at in self.recorded.items()}  # fmt: skip
         precision = None if self.precision is None else list(astuple(self.precision))
         return {"x": self.x, "value": self.value, "gradient": self.gradient, "points": dict(self.points),
                 "recorded": recorded, "precision": precision}  # fmt: skip
@@ -238,9 +239,11 @@ class HyperOracle(ABC):
         """
         if name not in state["recorded"]:
             return None
-        wrt, factored, prepared = state["recorded"][name]
+        wrt, factored, prepared, by_outputs = state["recorded"][name]
         at = h.linearise(x, y, wrt)
         at.prepared = prepared  # whether to make a factor was decided then; the kept one has changed since
+        if by_outputs:
+            self.systems.outputs(at)
         if factored:
             self.systems.factor_at(at)
         return at

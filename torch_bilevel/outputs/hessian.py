@@ -47,22 +47,20 @@ class OutputHessian:
         h._count("products", max(B.shape[1] for B in blocks))
         self = cls(calls, blocks, torch.zeros_like(y))
         w = _probes(y)
+        first, second = self.yy(w).T
+        ones, random = at.yy(w).T
+        self.diagonal = ones - first
+        direct = self.diagonal * w[:, 1]
+        if not _same(second + direct, random, second, direct):
+            return None
         if "x" in at.wrt:
             u = _probes(x)
-            on_x, on_y = at.joint(torch.cat([x.new_zeros(len(x), 2), u], dim=1), torch.cat([w, y.new_zeros(len(y), 2)], dim=1))
-        else:
-            u, on_x, on_y = None, None, at.yy(w)
-        first, second = self.yy(w).T
-        self.diagonal = on_y[:, 0] - first
-        direct = self.diagonal * w[:, 1]
-        if not _same(second + direct, on_y[:, 1], second, direct):
-            return None
-        if u is not None:
+            on_x, on_y = at.joint(u, None)
             self.cross = cross
-            if cross is not None and not _same(self.yx(u[:, 1]), on_y[:, 3], on_y[:, 3]):
+            if cross is not None and not _same(self.yx(u[:, 1]), on_y[:, 1], on_y[:, 1]):
                 self.cross = None
-            if _same(on_x[:, 2] * u[:, 1], on_x[:, 3], on_x[:, 3]):
-                self.xx = on_x[:, 2]
+            if _same(on_x[:, 0] * u[:, 1], on_x[:, 1], on_x[:, 1]):
+                self.xx = on_x[:, 0]
         return self
 
     def yy(self, v: Tensor) -> Tensor:
