@@ -13,6 +13,7 @@ from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import LinearOperator, cg
 from torch_bilevel.lower import LowerSystems, kept
+from torch_bilevel.methods import model
 from torch_bilevel.oracles import hessian
 from torch_bilevel.outputs import OutputHessian, calls
 from torch_bilevel.outputs import hessian as output_hessian
@@ -272,8 +273,7 @@ def test_the_dense_hyper_hessian(solver, dtype):
     assert spent <= 30 < min(p.dx, p.dy)  # K + 4 products of each level and recordings, not dx columns
 
 
-def test_per_feature_l2_hyper_hessian(monkeypatch):
-    monkeypatch.setattr(hessian, "PRODUCTS_A_COLUMN", 100)
+def test_per_feature_l2_hyper_hessian():
     g, dx, dy, _ = LOSSES["per_feature"]
 
     clean = randn(8, N, FEATURES)
@@ -424,3 +424,19 @@ def test_an_upper_loss_with_a_full_hessian_in_x():
     H = ev.hessian.to_dense()
     torch.testing.assert_close(H, Reference(upper, r.g, p.x, p.y).implicit().hessian, rtol=1e-8, atol=1e-9)
     assert torch.equal(H, H.mT)
+
+
+def test_a_matrix_is_chosen_where_it_costs_little_beside_a_krylov_model(monkeypatch):
+    """Above the size that is always dense: where it is had by outputs and its eigenvectors are not too dear."""
+    monkeypatch.setattr(model, "MAX_DENSE", 5)
+
+    def kind() -> str:
+        result = tb.minimize(cleaning_problem()[1], "dlcrn", max_steps=4)
+        return result.choices["hyper-Hessian"].split(",")[0]
+
+    assert kind() == "dense"
+    monkeypatch.setattr(hessian, "EIGENVECTORS", 1e9)
+    assert kind() == "krylov"
+    monkeypatch.setattr(hessian, "EIGENVECTORS", 10)
+    monkeypatch.setattr(calls, "SMALL", 10**9)
+    assert kind() == "krylov"

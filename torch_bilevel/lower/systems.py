@@ -150,6 +150,16 @@ class LowerSystems:
             prices[n] = min(plain.prices[n], price(calls, n**3 / 6))
         return Ladder(n, prices, size if own else None, 1.5 * n**2 / one_product(calls))  # memory-bound
 
+    def solve_price(self, at: Linearisation) -> float:
+        """What a solve to five decades costs by now, in products with one vector."""
+        ladder = self.ladder(at)
+        if is_exact(ladder.n):
+            return 1 + ladder.applying
+        decades = 5.0
+        if self.kept.rate is None:
+            return ladder.n / 16
+        return self.kept.rate * decades * (1 + ladder.applying if self.kept.is_cholesky() else 1)
+
     def _tested_calls(self, at: Linearisation) -> list[LinearCall]:
         """As ``calls``, once the Hessian at one point was seen to be that of its outputs."""
         calls = self.calls(at.objective, at.x, at.y)

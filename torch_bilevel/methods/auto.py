@@ -158,9 +158,11 @@ class AutoRun(Run):
         per_solve = (counts.upper_products + counts.lower_products - factors) / max(1, counts.solves)
         per_product = 3 + 2 * (1 if factored else per_solve)
         calls = (factor if factored else 0) + min(KRYLOV_PRODUCTS, dx) * per_product
-        if self.method.then.hessian == "dense" or (self.method.then.hessian == "auto" and dx <= MAX_DENSE):
-            worth = self.oracle.dense_price()
+        kind, worth = self.method.then.hessian, self.oracle.dense_price()
+        if kind == "dense" or (kind == "auto" and dx <= MAX_DENSE):
             calls = (factor if factored else 0) + min(dx, dy) * per_product if worth is None else worth
+        elif kind == "auto" and worth is not None:
+            calls = min(calls, worth)
         return calls / max(per_evaluation, 1.0)
 
     def _go_second_order(self, on_trial: bool = False) -> None:

@@ -33,7 +33,7 @@ class HessianModel:
     Args:
         hessian: operator of size dx; None where ``state`` holds the dense matrix.
         kind: 'dense', 'krylov', 'gradient' (the published matrix-free subsolver, which keeps nothing between steps) or
-            'auto' (dense for dx <= 500).
+            'auto' (dense for dx <= 500, and where ``hessian.dense_pays``).
         tol: relative accuracy of Krylov steps, default 1e-2 (steps are tested and M adapts; see docs/methods.md).
         max_basis: Krylov vectors kept, default min(dx, 200), fewer where two such bases would exceed 2 GB.
         eps: 'gradient' only: the accuracy sought of the outer gradient, default 1e-4.
@@ -51,7 +51,10 @@ class HessianModel:
         if max_basis is None:
             max_basis = affordable_basis(n, dtype, 200)
         self.tol, self.max_basis, self.eps, self.seed = tol, max_basis, eps, seed
-        self.kind = kind if kind != "auto" else ("dense" if n <= MAX_DENSE else "krylov")
+        if kind == "auto":
+            dense = n <= MAX_DENSE or getattr(hessian, "dense_pays", False)
+            kind = ("dense" if dense else "krylov") if state is None else state["kind"]
+        self.kind = kind
         if state is not None and state["kind"] != self.kind:
             raise ConfigError(f"checkpoint of a run with hessian={state['kind']!r}, but this run uses {self.kind!r}")
         self.free: Tensor | None = None

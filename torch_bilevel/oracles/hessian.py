@@ -11,14 +11,16 @@ from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
 from ..linalg import LinearOperator
 from ..lower import LowerSystems
-from ..outputs import price
+from ..lower.kept import BLOCK_DISCOUNT
+from ..outputs import LinearCall, dense_multiplications, one_product, price, products_to_factor, times_multiplications
+from ..outputs.prices import GEMM
 from ..problem import BilevelProblem
 from .evaluation import require_solution
 
 #: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.
 DENSE_BLOCK, BLOCK_NUMBERS = 256, 2**25
-#: single products that a column of the implicit hyper-Hessian costs where blocks are not had by outputs.
-PRODUCTS_A_COLUMN = 2
+#: products of a typical Krylov model, how many times dearer a matrix may be, multiplications of eigenvectors over n^3.
+KRYLOV_PRODUCTS, DENSE_GAIN, EIGENVECTORS = 40, 3, 10
 
 
 class HyperHessian(LinearOperator):
@@ -92,12 +94,27 @@ class HyperHessian(LinearOperator):
             self.systems.factor_at(self.lo, attach=True)
         return super().to_dense()
 
+    @property
+    def dense_pays(self) -> bool:
+        """Whether the matrix, had by the learner's outputs, costs little more than a Krylov model, with its eigenvectors.
+
+        Later steps with the same Hessian are then free, where a Krylov model grows.
+        """
+        worth = dense_price(self.lo.objective.problem, self.systems)
+        if worth is None:
+            return False
+        calls = self.systems.calls(self.lo.objective, self.lo.x, self.lo.y)
+        worth += GEMM * EIGENVECTORS * self.n**3 / one_product(calls)
+        return worth <= DENSE_GAIN * KRYLOV_PRODUCTS * (3 + 2 * self.systems.solve_price(self.lo))
+
     def _by_outputs(self) -> bool:
         """Whether all blocks are had by the learner's outputs, and cheaper than as many products as x has entries."""
         ends = [self.lo] if self.hi is self.lo else [self.lo, self.hi]
         everyone = ends + [at for _, at in self.terms if all(at is not end for end in ends)]
-        calls = [self.systems.calls(at.objective, at.x, at.y) for at in everyone]
-        if not all(calls) or sum(map(price, calls)) > PRODUCTS_A_COLUMN * len(everyone) / 2 * self.n:
+        calls = {id(at): self.systems.calls(at.objective, at.x, at.y) for at in everyone}
+        if not all(calls.values()):
+            return False
+        if not outputs_pay([calls[id(at)] for at in ends], [calls[id(at)] for _, at in self.terms], self.lo.y.numel(), self.n):
             return False
         return all(self.systems.outputs(at) is not None for at in everyone)
 
@@ -190,11 +207,19 @@ def dense_price(problem: BilevelProblem, systems: LowerSystems) -> float | None:
     dx, dy, x, y = problem.dx, problem.dy, problem.x, problem.y
     lower = Objective(problem, lower=1.0, counts=OracleCounts())
     lagrangian = Objective(problem, upper=1.0, tangent=y, counts=OracleCounts())
-    both = [systems.calls(objective, x, y) for objective in (lower, lagrangian)]
-    if not all(both) or systems.solver not in ("auto", "cholesky") or not factor_pays(dx, dy, price(both[0], dy**3 / 6)):
+    g, L = (systems.calls(objective, x, y) for objective in (lower, lagrangian))
+    if not (g and L and systems.solver in ("auto", "cholesky") and factor_pays(dx, dy, price(g, dy**3 / 6))):
         return None
-    worth = price(both[0], dy**3 / 6 + 2 * dy**2 * dx + dy * dx**2) + price(both[1])
-    return worth if sum(map(price, both)) <= PRODUCTS_A_COLUMN * dx else None
+    if not outputs_pay([g], [L], dy, dx):
+        return None
+    return products_to_factor(L) + price(g, dy**3 / 6 + dy**2 * dx + dy * dx**2 + times_multiplications(L, dy, dx)[0])
+
+
+def outputs_pay(ends: list[list[LinearCall]], terms: list[list[LinearCall]], dy: int, dx: int) -> bool:
+    """Whether the blocks of A_lo, A_hi and Q by outputs cost less than the products of dx columns; factors apart."""
+    by_outputs = sum(map(dense_multiplications, ends)) + sum(times_multiplications(calls, dy, dx)[0] for calls in terms)
+    by_columns = dx * (2 * sum(map(one_product, ends)) + sum(map(one_product, terms))) / BLOCK_DISCOUNT
+    return GEMM * by_outputs <= by_columns
 
 
 def factor_pays(columns: int, dy: int, price: float) -> bool:

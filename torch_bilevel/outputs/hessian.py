@@ -11,6 +11,7 @@ from torch import Tensor
 from ..folding import is_thin, turn_over
 from .blocks import BlockPreconditioner
 from .calls import LinearCall, Watch
+from .prices import times_multiplications
 
 if TYPE_CHECKING:
     from ..derivatives import Linearisation
@@ -98,11 +99,9 @@ class OutputHessian:
 
     def times(self, W: Tensor) -> Tensor:
         """h_yy W for (dy, k) with many columns: by the matrix where that is cheaper, else by blocks of products."""
-        sizes = [(len(c.X), *c.index.shape) for c in self.calls]
-        dense = sum(n * d * d * K * (K + 1) / 2 for n, d, K in sizes) + len(W) ** 2 * W.shape[1]
-        if dense < sum(2 * n * d * K for n, d, K in sizes) * W.shape[1]:
+        if times_multiplications(self.calls, *W.shape)[1]:
             return self.dense_yy() @ W
-        step = max(1, COLUMN_NUMBERS // max(n * K for n, _, K in sizes))
+        step = max(1, COLUMN_NUMBERS // max(len(c.X) * c.index.shape[1] for c in self.calls))
         return torch.cat([self.yy(block) for block in W.split(step, dim=1)], dim=1)
 
     def preconditioner(self, damping: float = 0.0) -> BlockPreconditioner:

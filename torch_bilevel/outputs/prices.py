@@ -22,11 +22,22 @@ def one_product(calls: list[LinearCall]) -> float:
     return max(LEAST, sum(2 * len(c.X) * c.index.numel() for c in calls))
 
 
+def dense_multiplications(calls: list[LinearCall]) -> float:
+    """Of h_yy."""
+    sizes = [(len(c.X), *c.index.shape) for c in calls]
+    return sum(n * d * d * K * (K + 1) / 2 for n, d, K in sizes)
+
+
+def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tuple[float, bool]:
+    """Of h_yy W with so many columns, and whether by the matrix, which is then cheaper than blocks of products."""
+    by_matrix = dense_multiplications(calls) + dy**2 * columns
+    by_products = sum(2 * len(c.X) * c.index.numel() for c in calls) * columns
+    return min(by_matrix, by_products), by_matrix < by_products
+
+
 def price(calls: list[LinearCall], more: float = 0.0) -> float:
     """The time of h_yy by these calls and of ``more`` multiplications in large matrix products, in products with a vector."""
-    sizes = [(len(c.X), *c.index.shape) for c in calls]
-    dense = sum(n * d * d * K * (K + 1) / 2 for n, d, K in sizes)
-    return products_to_factor(calls) + GEMM * (dense + more) / one_product(calls)
+    return products_to_factor(calls) + GEMM * (dense_multiplications(calls) + more) / one_product(calls)
 
 
 def block_size(calls: list[LinearCall]) -> int | None:
