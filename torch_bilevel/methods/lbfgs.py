@@ -18,6 +18,8 @@ from .line_search import Trial, strong_wolfe
 from .registry import register
 from .second_order import oracle_options
 
+#: first length of a diagonally scaled direction: its largest move over the largest hyperparameter, or over 1
+REACH = 4.0
 #: share of the value that the first step along a gradient foresees as its decrease
 FORESEEN = 0.1
 #: initial inverse Hessians of the recursion, and how far a diagonal one may be from its scalar
@@ -81,6 +83,9 @@ class LBFGSRun(Run):
         tol = self.oracle.lower_tol if self.oracle.lower_tol is not None else tolerance_of_step(self.x.dtype)
         noise = 10 * tol * abs(value) + ev.value_bound  # of values at lower solutions that are good to tol
         first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction, slope))
+        if self.pairs and self.method.scaling == "diagonal":  # which may send single components far
+            largest, reach = torch.stack([direction.abs().max(), self.x.abs().max()]).tolist()
+            first = min(first, REACH * max(1.0, reach) / largest)
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
 
     def _first_length(self, value: float, direction: Tensor, slope: float) -> float:
@@ -180,7 +185,7 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, scaling: str = "scalar", **oracl
         memory: pairs kept, default 10.
         scaling: initial inverse Hessian of the recursion: 'scalar', s'y / y'y of the last pair (default, as in the book), or
             'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, within ten times the scalar, and
-            a first direction g_i / sqrt|g_i|.
+            a first direction g_i / sqrt|g_i|; a first length then moves nothing by more than 4 max(1, |x|_inf).
         oracle: options of ImplicitOracle.
 
     Cost of a step: one evaluation per trial length, mostly one.
