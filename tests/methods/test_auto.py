@@ -188,3 +188,13 @@ def test_hessian_cost_follows_the_counts():
     before = run.hessian_cost()
     counts.add(factorisations=100, lower_products=800)
     assert run.hessian_cost() == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "scaling"), [({}, "diagonal"), ({"solver": "cholesky"}, "diagonal"), ({"solver": "cg"}, "scalar")]
+)
+def test_the_scaling_is_scalar_where_systems_are_solved_by_cg_alone(options, scaling):
+    run = tb.make_method("auto", options).start(nonconvex().problem())
+    assert run.active.method.scaling == scaling
+    assert run.method.first.scaling == scaling
+    assert run.method.then is not None

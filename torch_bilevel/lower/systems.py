@@ -97,6 +97,10 @@ class LowerSystems:
         """What preconditions CG now."""
         return self.kept.factor
 
+    def keeps(self, problem: BilevelProblem) -> bool:
+        """Whether its solver factors, or may come to precondition, systems of this problem."""
+        return self.solver == "cholesky" or self.solver == "auto" and bool(KeptFactor.levels(problem.dy, problem.dtype))
+
     def describe(self) -> str:
         """What serves the systems now, in words."""
         if self.solver != "auto":

@@ -49,7 +49,13 @@ class Auto(Method):
         self.first, self.then, self.oracle = first, then, oracle
 
     def start(self, problem: BilevelProblem, *, seed: int = 0, bounds: Any = None) -> AutoRun:
-        return AutoRun(self, problem, problem.exact_oracle(**self.oracle), seed=seed, bounds=bounds)
+        oracle = problem.exact_oracle(**self.oracle)
+        return AutoRun(self if oracle.systems.keeps(problem) else self._with_scalar(), problem, oracle, seed=seed, bounds=bounds)
+
+    def _with_scalar(self) -> Auto:
+        """Where plain CG pays for lower systems whose condition far moves of single hyperparameters spoil."""
+        first = LimitedMemoryBFGS(lr=self.first.lr, memory=self.first.memory, scaling="scalar", oracle=self.oracle)
+        return Auto(first, self.then, self.oracle)
 
 
 @final
@@ -277,7 +283,10 @@ def AUTO(
     max_basis: int | None = None,
     **oracle: Any,
 ) -> Auto:
-    """L-BFGS (with a diagonal scaling) on exact hypergradients while far, then cubic Newton steps with a lazy Hessian. Ours.
+    """L-BFGS on exact hypergradients while far, then cubic Newton steps with a lazy Hessian. Ours.
+
+    L-BFGS has a diagonal scaling, but where lower systems are solved by CG alone (solver 'cg' and the like, or too large
+    for what ``KeptFactor`` keeps): they pay for the condition that far moves of single hyperparameters bring.
 
     The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades
     of gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls
