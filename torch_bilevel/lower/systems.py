@@ -151,7 +151,7 @@ class LowerSystems:
         own = size is not None and not is_exact(n) and size * n * at.y.element_size() <= SKETCH_BYTES
         prices = {size: block_price(calls)} if own else {k: v for k, v in plain.prices.items() if k < n}
         if n in plain.prices:
-            prices[n] = min(plain.prices[n], price(calls, n**3 / 6))
+            prices[n] = self.factor_price(at)
         return Ladder(n, prices, size if own else None, 1.5 * n**2 / one_product(calls))  # memory-bound
 
     def solve_price(self, at: Linearisation) -> float:
@@ -184,12 +184,13 @@ class LowerSystems:
         """
         at.objective.counts.add(solves=1 if b.dim() == 1 else b.shape[1])
         tol = tol if tol is not None else self.tol if self.tol is not None else default_tol(b.dtype)
-        exact, ladder = at.factor, self.ladder(at)
+        exact = at.factor
+        ladder = self.ladder(at) if self.solver == "auto" and exact is None else None
         if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
             exact = self._make(at, self.kept.due(ladder))
-        if self.solver == "auto" and ladder.blocks is not None and exact is None:
+        if exact is None and ladder is not None and ladder.blocks is not None:
             self.outputs(at)  # which make products, and blocks, cheaper
         A = self.operator(at)
         if self.solver == "chebyshev":
@@ -204,7 +205,8 @@ class LowerSystems:
         renewable = self.solver == "auto" and self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
         result = self._cg(A, b, tol, x0, limit, self.factor)
-        self.kept.observe(result, tol, columns, ladder)
+        if ladder is not None:
+            self.kept.observe(result, tol, columns, ladder)
         if renewable and not result.ok:  # the kept factor is too old: make one here
             exact = self.factor_at(at)
             if exact is not None:

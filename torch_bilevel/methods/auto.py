@@ -12,6 +12,7 @@ from ..counting import OracleCounts
 from ..derivatives import Objective
 from ..lower.kept import is_exact
 from ..oracles import Evaluation, HyperOracle
+from ..oracles.hessian import KRYLOV_PRODUCTS
 from ..problem import BilevelProblem
 from ..results import StepReport
 from .base import STATE_VERSION, Method, Run
@@ -31,8 +32,6 @@ FINISH_HESSIANS, FINISH_EVALUATIONS, FINISH_DECADES = 4, 10, 4
 STAKE = 0.5
 #: after a finish that was slower L-BFGS has so many times what it cost before another; twice as many after each.
 PATIENCE = 2
-#: products of a typical Krylov model.
-KRYLOV_PRODUCTS = 40
 #: a function is quadratic along a step where the trapezoid rule is exact to this; one Hessian is then a finish where it
 #: costs no more than so many evaluations.
 QUADRATIC, QUADRATIC_PRICE = 1e-6, 4.0

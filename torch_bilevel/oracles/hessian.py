@@ -222,10 +222,10 @@ def outputs_pay(ends: list[list[LinearCall]], terms: list[list[LinearCall]], dy:
     return GEMM * by_outputs <= by_columns
 
 
-def factor_pays(columns: int, dy: int, price: float) -> bool:
+def factor_pays(columns: int, dy: int, worth: float) -> bool:
     """Whether a Cholesky factor of size dy is cheaper than ``columns`` pairs of solves, and fits in 2 GB.
 
     Args:
-        price: of the factor, in products with one vector. A solve takes 20 and more.
+        worth: price of the factor, in products with one vector. A solve takes 20 and more.
     """
-    return dy * dy * 8 <= 2e9 and price <= 20 * columns
+    return dy * dy * 8 <= 2e9 and worth <= 20 * columns
