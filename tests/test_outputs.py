@@ -195,6 +195,8 @@ def test_a_module_on_frozen_features():
     o = found(at)
     torch.testing.assert_close(o.dense_yy(), at.yy(torch.eye(p.dy, dtype=D)))
     assert o.calls[0].X.shape == (N, 7)  # a column of ones for the bias
+    chunks = p.at(lower_batch=torch.utils.data.DataLoader(X, batch_size=N))
+    assert not calls.watch(Objective(chunks, lower=1.0, counts=OracleCounts()), p.x, p.y)
 
 
 def mlp(x, y):

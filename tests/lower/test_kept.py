@@ -141,3 +141,25 @@ def test_resume_with_a_sketch_is_the_uninterrupted_run(monkeypatch, tmp_path, me
     resumed = go(6, checkpoint=tmp_path / "run.pt", resume=True)
     assert torch.equal(resumed.x, whole.x)
     assert resumed.counts.as_dict() == whole.counts.as_dict()
+
+
+def test_an_aged_factor_gives_way_to_blocks_that_were_cheaper(decaying):
+    ladder = Ladder(N, {40: 10.0, N: 1000.0}, blocks=40, applying=3.0)
+    keeper = KeptFactor()
+    at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
+
+    def seen(iterations: int) -> None:
+        keeper.observe(Solution(x=at.gy, status=SolveStatus.CONVERGED, residual=at.value, iterations=iterations,
+                                products=0, solver="cg"), 1e-4, 1, ladder)  # fmt: skip
+
+    keeper.level = 40  # blocks that take 20 iterations
+    for _ in range(kept.FRESH_SOLVES):
+        seen(20)
+    keeper.make(N, LowerSystems().operator(at), at)
+    for _ in range(5):
+        seen(5)  # 5 (1 + 3) = 20: no dearer
+    assert keeper.due(ladder) is None
+    seen(7)  # 28 against 20
+    assert keeper.due(ladder) is None  # 8 lost, the price of blocks is 10
+    seen(7)
+    assert keeper.due(ladder) == 40

@@ -197,4 +197,3 @@ def test_the_scaling_is_scalar_where_systems_are_solved_by_cg_alone(options, sca
     run = tb.make_method("auto", options).start(nonconvex().problem())
     assert run.active.method.scaling == scaling
     assert run.method.first.scaling == scaling
-    assert run.method.then is not None

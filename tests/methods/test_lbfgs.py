@@ -9,6 +9,7 @@ import torch
 
 import torch_bilevel as tb
 from tests.problems import hyper_cleaning, nonconvex, quadratic
+from torch_bilevel.methods import lbfgs
 from torch_bilevel.methods.lbfgs import inverse_product
 from torch_bilevel.methods.line_search import Trial, _cubic_minimum, strong_wolfe
 
@@ -259,3 +260,21 @@ def test_the_first_diagonal_direction_moves_small_gradients_too():
     torch.testing.assert_close(found, torch.tensor([-4.0, 2.0, 0.4, 4e-5, 0.0], dtype=torch.float64))
     assert torch.equal(inverse_product(g, [], None), g)
     assert torch.equal(inverse_product(0 * g, [], None, "diagonal"), 0 * g)
+
+
+@pytest.mark.parametrize("scaling", ["scalar", "diagonal"])
+def test_a_first_length_of_a_diagonally_scaled_direction_is_within_reach(scaling, monkeypatch):
+    """Nothing moves by more than 4 max(1, |x|_inf) at first, however far the pairs would send it."""
+    run = tb.make_method("lbfgs", {"scaling": scaling}).start(quadratic().problem())
+    run.step()
+    run.pairs = [(1e4 * s, y) for s, y in run.pairs]
+    moves = []
+
+    def search(attempt, value, slope, first, noise):
+        moves.append(first * float(inverse_product(run.current().gradient, run.pairs, None, scaling).abs().max()))
+        return None
+
+    monkeypatch.setattr(lbfgs, "strong_wolfe", search)
+    reach = 4 * max(1.0, float(run.x.abs().max()))
+    run.step()
+    assert moves[0] == pytest.approx(reach) if scaling == "diagonal" else moves[0] > 10 * reach
