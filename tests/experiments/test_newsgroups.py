@@ -93,7 +93,7 @@ def test_budget_counts_cpu_seconds_and_ends_what_runs() -> None:
         time.sleep(0.3)
         assert budget.spent < 0.1
         burn(5.0)
-    assert 0.19 <= budget.spent < 0.6  # timers tick in steps of 4 ms
+    assert 0.2 <= budget.spent < 0.6  # not before the clock says so, however the timer ticks
     burn(0.3)  # no alarm is left
 
 
