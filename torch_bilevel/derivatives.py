@@ -39,9 +39,10 @@ def is_large(*points: Tensor) -> bool:
     return sum(point.numel() for point in points) > SMALL
 
 
-def fast_products(*points: Tensor):
-    """FoldedProducts for large problems."""
-    return FoldedProducts() if is_large(*points) else nullcontext()
+def fast_products(*points: Tensor, batched: bool = False):
+    """FoldedProducts for large problems; on a GPU, where there is nothing to turn over, for blocks only."""
+    fold = is_large(*points) and (batched or points[0].device.type == "cpu")
+    return FoldedProducts() if fold else nullcontext()
 
 
 class Objective:
@@ -261,7 +262,7 @@ class _Graph:
         return [torch.cat([part.T for part in parts], dim=1) for parts in zip(*blocks)]
 
     def _backward(self, outputs, inputs, cotangents, batched: bool) -> list[Tensor]:
-        with fast_products(self.x, self.y):
+        with fast_products(self.x, self.y, batched=batched):
             parts = torch.autograd.grad(
                 outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )

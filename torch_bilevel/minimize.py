@@ -16,7 +16,7 @@ from . import checkpoint as checkpoints
 from .certify import smallest_eigenvalue
 from .derivatives import load_torch_func
 from .errors import BilevelError, ConfigError, NonFiniteError
-from .linalg import FunctionOperator
+from .linalg import FunctionOperator, own_stream
 from .methods import Method, Run, make_method
 from .problem import BilevelProblem
 from .results import Result, Status, StepReport
@@ -79,28 +79,29 @@ def minimize(
     """
     method = make_method(method, options)
     _validate(max_steps, gradient_tol, stop_rule, checkpoint_every, resume, checkpoint)
-    run = method.start(problem, seed=seed, bounds=bounds)
-    loop = _Loop(run, gradient_tol, stop_rule, callback, checkpoint, checkpoint_every, progress, max_steps)
-    try:
-        if resume and os.path.exists(checkpoint):
-            loop.load(checkpoint)
-        else:
-            loop.begin()
-        status = loop.status(max_steps, max_seconds)
-        while status is Status.RUNNING:
-            loop.advance()
+    with own_stream(problem.device):
+        run = method.start(problem, seed=seed, bounds=bounds)
+        loop = _Loop(run, gradient_tol, stop_rule, callback, checkpoint, checkpoint_every, progress, max_steps)
+        try:
+            if resume and os.path.exists(checkpoint):
+                loop.load(checkpoint)
+            else:
+                loop.begin()
             status = loop.status(max_steps, max_seconds)
-    except BilevelError as error:
-        status = Status.NON_FINITE if isinstance(error, NonFiniteError) else Status.FAILED
-        error.result = loop.result(status, str(error))
-        raise type(error)(f"{error} [stopped at step {run.steps}; the last good point is in error.result and in your"
-                          " tensors]", **_carried(error)) from error  # fmt: skip
-    except KeyboardInterrupt:
-        loop.result(Status.CALLBACK, "interrupted")
-        raise
-    finally:
-        loop.close()
-    return loop.result(status, status.value)
+            while status is Status.RUNNING:
+                loop.advance()
+                status = loop.status(max_steps, max_seconds)
+        except BilevelError as error:
+            status = Status.NON_FINITE if isinstance(error, NonFiniteError) else Status.FAILED
+            error.result = loop.result(status, str(error))
+            raise type(error)(f"{error} [stopped at step {run.steps}; the last good point is in error.result and in your"
+                              " tensors]", **_carried(error)) from error  # fmt: skip
+        except KeyboardInterrupt:
+            loop.result(Status.CALLBACK, "interrupted")
+            raise
+        finally:
+            loop.close()
+        return loop.result(status, status.value)
 
 
 class _Loop:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checkpoint import to_device
 from .errors import BilevelError, ConfigError
+from .linalg import own_stream
 from .lower import External, make_lower
 from .methods import Method, Run, make_method, options_of
 from .minimax import MinimaxProblem
@@ -60,6 +61,10 @@ class _ProblemOptimizer(torch.optim.Optimizer, ABC):
         """One outer iteration on the given data (None: the data of before)."""
         if callable(batches[0]) and not isinstance(batches[0], Tensor) and not hasattr(batches[0], "__iter__"):
             raise ConfigError("step takes data (lower_batch, upper_batch, or a minimax problem's batch), not a closure")
+        with own_stream(self.problem.device):
+            return self._iterate(*batches)
+
+    def _iterate(self, *batches: Any) -> StepReport:
         problem = self.problem.at(*batches)
         leaves = _leaves(problem)
         if self._run is None:

@@ -32,7 +32,7 @@ def square(number, log, seed, data_dir):
         stream.write(f"{number}\\n")
     if number < 0:
         raise SolverError(f"no root of {number}")
-    return {"square": number**2, "threads": torch.get_num_threads(), "omp": os.environ["OMP_NUM_THREADS"],
+    return {"square": number**2, "threads": torch.get_num_threads(), "omp": os.environ.get("OMP_NUM_THREADS"),
             "data": data_dir, "records": list(range(number)), "process": os.getpid()}
 
 def sleep(log, data_dir):

@@ -18,7 +18,7 @@ def test_solve(device, symmetric, gaussian, dtype, tol, overwrite):
     assert factor.ok
     assert factor.factor_status is SolveStatus.CONVERGED
     assert factor.n == 30
-    assert torch.equal(A, kept) is not overwrite
+    assert torch.equal(A, kept) is not (overwrite and device.type == "cpu")  # a GPU has no factorisation in place
     for B64 in (gaussian(30), gaussian(30, 4), gaussian(30, 1)):
         X = factor.solve(B64.to(device, dtype))
         assert X.shape == B64.shape

@@ -52,7 +52,7 @@ def check(A, b, solution, tol):
     assert solution.x.dtype == b.dtype
     assert solution.x.device == b.device
     assert solution.residual.shape == b.shape[1:]
-    nonzero = b.abs().amax(0) > 0
+    nonzero = (b.abs().amax(0) > 0).cpu()
     true = relative_residual(A, solution.x, b)
     eps = torch.finfo(b.dtype).eps
     assert bool((true[nonzero] <= tol + 20 * eps).all())
@@ -186,7 +186,8 @@ def test_singular_inconsistent_is_not_success(options, device, symmetric, gaussi
     assert bool(solution.x.isfinite().all())
     true = relative_residual(A, solution.x, b)
     if solution.x.abs().max() > 0:
-        assert float(solution.residual) == pytest.approx(float(true), rel=1e-3)
+        rounding = 100 * torch.finfo(b.dtype).eps * float(solution.x.norm() / b.norm())  # x is large here
+        assert float(solution.residual) == pytest.approx(float(true), rel=1e-3, abs=rounding)
     if options["solver"] == "minres":  # the least-squares residual: the part of b in the null space
         values, vectors = torch.linalg.eigh(A)
         null = vectors[:, values.abs() < 1e-8]

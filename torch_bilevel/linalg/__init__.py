@@ -8,6 +8,7 @@ from .minres import minres
 from .nystrom import NystromPreconditioner, nystrom
 from .operator import DenseOperator, FunctionOperator, LinearOperator, ShiftedOperator, as_operator
 from .preconditioner import Preconditioner, jacobi
+from .replay import own_stream
 from .solution import Solution, SolveStatus
 from .solve import default_tol, solve
 
@@ -33,5 +34,6 @@ __all__ = [
     "lanczos_extreme",
     "minres",
     "nystrom",
+    "own_stream",
     "solve",
 ]

@@ -17,7 +17,11 @@ from .refinement import (
     Cycle,
     refine,
 )
+from .replay import Replay, can_record
 from .solution import Solution
+
+#: steps before one is recorded as a CUDA graph, and steps between looks at what is replayed
+EAGER, LOOK = 4, 10
 
 
 def cg(
@@ -47,8 +51,8 @@ def cg(
         x0: start of b's shape; default zero.
         reorthogonalise: keep the residuals and orthogonalise each new one against them (in the inner product
             of M^{-1}). In float32 this needs far fewer products on ill-conditioned systems.
-        check_every: steps between looks at the convergence mask; default 1 on the CPU, 10 on CUDA (each look
-            stalls the GPU).
+        check_every: steps between looks at the convergence mask, each of which waits for the GPU; default 1, and 10
+            where steps are replayed.
 
     Returns:
         A ``Solution`` whose residual is recomputed; NEGATIVE_CURVATURE carries the direction and its
@@ -56,6 +60,8 @@ def cg(
 
     Cost: one product per step and unfinished column, one more per column for the true residual, one more with
         x0.
+    On CUDA, on a stream that is not the default one (``minimize`` and the optimizers see to it), all but the first steps
+        are replayed as a CUDA graph, where A and M ask nothing of the host.
     Memory: 5 blocks of b's size; ``reorthogonalise`` adds n * iterations per column (twice that with M), up to
         1 GB: later residuals are orthogonalised against those that fit.
 
@@ -68,8 +74,6 @@ def cg(
         tensor([1.5000])
     """
     A = as_operator(A)
-    if check_every is None:
-        check_every = 10 if b.device.type == "cuda" else 1
 
     def run(R: Tensor, target: Tensor, budget: int) -> Cycle:
         recursion = _Recursion(A, R, target, preconditioner, reorthogonalise, check_every)
@@ -88,7 +92,7 @@ class _Recursion:
         target: Tensor,
         preconditioner: Preconditioner | None,
         reorthogonalise: bool,
-        check_every: int,
+        check_every: int | None,
     ) -> None:
         k = R.shape[1]
         self.A, self.preconditioner, self.target = A, preconditioner, target
@@ -98,19 +102,22 @@ class _Recursion:
         )  # the working set; the fields below are of its columns
         self.state = self.code.clone()
         self.e, self.r = torch.zeros_like(R), R
-        self.z = apply_preconditioner(preconditioner, R)
-        self.p = self.z
-        self.rho = (self.r * self.z).sum(0)
+        z = apply_preconditioner(preconditioner, R)
+        self.p = z
+        self.rho = (self.r * z).sum(0)
         self.p_norm2 = self.rho.clone()  # p'Mp, by recursion: the length of p in the metric of M
         self.largest = torch.zeros_like(
             self.rho
         )  # largest Rayleigh quotient p'Ap / p'Mp so far: the size of A
         self.curvature = torch.full_like(self.rho, torch.inf)  # p'Ap / p'p where negative
         self.history = (
-            _History(self.r, self.z, self.rho, preconditioner is not None) if reorthogonalise else None
+            _History(self.r, z, self.rho, preconditioner is not None) if reorthogonalise else None
         )
-        self.check_every = check_every
-        self.lazy = check_every != 1  # stopped columns may stay in the working set until the next look
+        self.check_every = 1 if check_every is None else check_every
+        self.look = LOOK if check_every is None else check_every  # of replayed steps
+        self.replay: Replay | None = None
+        self.may_record = can_record(R.device)
+        self.lazy = self.check_every != 1  # stopped columns may stay in the working set until the next look
         self.masked = self.lazy  # whether the working set may hold stopped columns
         if not self._all_fine(self.rho):
             self._stop(~self.rho.isfinite(), NON_FINITE)
@@ -122,9 +129,11 @@ class _Recursion:
         iterations = 0
         direction = curvature = None
         while iterations < budget:
-            self._advance()
-            iterations += 1
-            if self.masked and (iterations % self.check_every == 0 or iterations == budget):
+            steps = self._replayed(budget - iterations) if self.may_record and iterations >= EAGER else 0
+            if steps == 0:
+                self._advance()
+            iterations += max(1, steps)
+            if self.masked and (steps > 0 or iterations % self.check_every == 0 or iterations == budget):
                 running = self.state == RUNNING
                 if not bool(running.all()):
                     found = self._retire()
@@ -132,13 +141,61 @@ class _Recursion:
                         direction, curvature = found
                     if not bool(running.any()):
                         break
-                    self._compress(running)
-            self._turn()
+                    if self.replay is None or 2 * int(running.sum()) <= len(running):  # else not worth recording anew
+                        self._compress(running)
+            if steps == 0:
+                self._turn()
             if self.history is not None and self.history.full:
                 self._stop(torch.ones_like(self.state, dtype=torch.bool), STAGNATION)
                 break
         self._retire()
         return Cycle(self.E, self.code, iterations, self.products, direction, curvature)
+
+    def _replayed(self, budget: int) -> int:
+        """Do up to ``look`` steps by a CUDA graph, recorded now where there is none; how many were done."""
+        done, history, columns = 0, self.history, len(self.columns)
+        if history is not None and history.room == 0:
+            self.replay, history.next = None, None  # its rows are about to move
+            return 0
+        if self.replay is None:
+            self.lazy = self.masked = True
+            if history is not None:
+                history.record()
+            before = self.products
+            self.replay = Replay.make(self._in_place, self.r.device)
+            if self.replay is None:
+                self.may_record = False
+                self.lazy = self.check_every != 1
+                if history is not None:
+                    history.next = None
+                return 0
+            done = 1
+            self.A.count_replayed(columns - (self.products - before))  # what is recorded was not done
+            self.products = before + columns
+            if history is not None:
+                history.added(1)
+        steps = min(self.look, budget) - done
+        if history is not None:
+            steps = min(steps, history.room)
+        for _ in range(steps):
+            self.replay()
+        self.A.count_replayed(steps * columns)
+        self.products += steps * columns
+        if history is not None:
+            history.added(steps)
+        return done + steps
+
+    def _in_place(self) -> None:
+        """A step that leaves its numbers where they were before."""
+        before = {name: getattr(self, name) for name in _NUMBERS}
+        try:
+            self._advance()
+            self._turn()
+            for name, place in before.items():
+                place.copy_(getattr(self, name))
+        finally:
+            for name, place in before.items():
+                setattr(self, name, place)
 
     def _advance(self) -> None:
         """x += alpha p, r -= alpha A p, where p'Ap > 0."""
@@ -170,10 +227,10 @@ class _Recursion:
 
     def _turn(self) -> None:
         """The next direction, p = M^{-1} r + beta p."""
-        self.z = apply_preconditioner(self.preconditioner, self.r)
-        rho = (self.r * self.z).sum(0)
+        z = apply_preconditioner(self.preconditioner, self.r)
+        rho = (self.r * z).sum(0)
         beta = rho / self.rho
-        p, p_norm2 = torch.addcmul(self.z, self.p, beta), rho + beta * beta * self.p_norm2
+        p, p_norm2 = torch.addcmul(z, self.p, beta), rho + beta * beta * self.p_norm2
         if not self._all_fine(rho):
             self._stop(~rho.isfinite(), NON_FINITE)
             self._stop(rho < 0, NOT_POSITIVE_DEFINITE)
@@ -183,7 +240,7 @@ class _Recursion:
             rho = torch.where(running, rho, self.rho)
         self.p, self.p_norm2, self.rho = p, p_norm2, rho
         if self.history is not None:
-            self.history.append(self.r, self.z, self.rho)
+            self.history.append(self.r, z, self.rho)
 
     def _all_fine(self, value: Tensor, above: Tensor | float = 0.0) -> bool:
         """Whether no column needs a verdict: all run, above < value < inf. Asks nothing of a GPU."""
@@ -207,12 +264,16 @@ class _Recursion:
         """Drop the columns that have stopped, so that they cost no more products."""
         for name in ("columns", "state", "target", "rho", "p_norm2", "largest", "curvature"):
             setattr(self, name, getattr(self, name)[keep])
-        for name in ("e", "r", "z", "p"):
+        for name in ("e", "r", "p"):
             setattr(self, name, getattr(self, name)[:, keep])
+        self.replay = None
         if self.history is not None:
             self.history.compress(keep)
         self.masked = self.lazy
 
+
+#: what a step changes
+_NUMBERS = ("e", "r", "p", "rho", "p_norm2", "largest", "curvature", "state")
 
 #: bytes that the residuals kept for reorthogonalisation may take
 HISTORY_BYTES = 1e9
@@ -220,16 +281,31 @@ HISTORY_BYTES = 1e9
 
 class _History:
     """The residuals r_j and z_j = M^{-1} r_j, scaled to r_j'z_j = 1, as rows of (m, capacity, n); the first of them
-    where all would take more than HISTORY_BYTES."""
+    where all would take more than HISTORY_BYTES. Rows that are not used yet are zero."""
 
     def __init__(self, r: Tensor, z: Tensor, rho: Tensor, preconditioned: bool) -> None:
         n, m = r.shape
         self.count = 0
-        self.R = r.new_empty(m, min(n, 32), n)
-        self.Z = torch.empty_like(self.R) if preconditioned else self.R
+        self.next: Tensor | None = None  # the row that comes next, (1,), where the GPU counts by itself
+        self.R = r.new_zeros(m, min(n, 32), n)
+        self.Z = torch.zeros_like(self.R) if preconditioned else self.R
         self.limit = max(32, int(HISTORY_BYTES / (n * m * r.element_size() * (2 if preconditioned else 1))))
         self.full = False
         self.append(r, z, rho)
+
+    @property
+    def room(self) -> int | float:
+        """Rows that can be added where they are."""
+        return torch.inf if self.count >= self.limit else self.R.shape[1] - self.count
+
+    def record(self) -> None:
+        """From now on row numbers are the GPU's."""
+        self.next = torch.tensor([self.count], device=self.R.device)
+
+    def added(self, rows: int) -> None:
+        """So many were added by a replay."""
+        if self.count < self.limit:
+            self.count += rows
 
     def append(self, r: Tensor, z: Tensor, rho: Tensor) -> None:
         if self.count == r.shape[0]:
@@ -237,11 +313,17 @@ class _History:
             return
         if self.count >= self.limit:
             return
+        scale = rho.rsqrt()
+        if self.next is not None:
+            self.R.index_copy_(1, self.next, (r * scale).mT.unsqueeze(1))
+            if self.Z is not self.R:
+                self.Z.index_copy_(1, self.next, (z * scale).mT.unsqueeze(1))
+            self.next.add_(1)
+            return
         if self.count == self.R.shape[1]:
             same = self.Z is self.R
             self.R = self._grow(self.R)
             self.Z = self.R if same else self._grow(self.Z)
-        scale = rho.rsqrt()
         self.R[:, self.count] = (r * scale).mT
         if self.Z is not self.R:
             self.Z[:, self.count] = (z * scale).mT
@@ -249,7 +331,8 @@ class _History:
 
     def orthogonalise(self, r: Tensor) -> Tensor:
         """r - sum_j r_j (z_j'r), (n, m)."""
-        R, Z = self.R[:, : self.count], self.Z[:, : self.count]
+        used = self.count if self.next is None else self.R.shape[1]
+        R, Z = self.R[:, :used], self.Z[:, :used]
         v = r.mT.unsqueeze(2)
         return (v - R.mT @ (Z @ v)).squeeze(2).mT
 
@@ -260,6 +343,6 @@ class _History:
 
     def _grow(self, basis: Tensor) -> Tensor:
         m, capacity, n = basis.shape
-        bigger = basis.new_empty(m, min(2 * capacity, n, self.limit), n)
+        bigger = basis.new_zeros(m, min(2 * capacity, n, self.limit), n)
         bigger[:, :capacity] = basis
         return bigger

@@ -69,6 +69,9 @@ class LinearOperator(ABC):
             return self.matmat(V)
         return torch.cat([self.apply(block) for block in V.split(self.block_size, dim=1)], dim=1)
 
+    def count_replayed(self, products: int) -> None:
+        """Told of so many products that were made without a call, by replaying one (negative: a call that made none)."""
+
     def to_dense(self) -> Tensor:
         """The matrix itself, (n, n), symmetrised as (A + A')/2.
 
@@ -187,6 +190,9 @@ class ShiftedOperator(LinearOperator):
 
     def matmat(self, V: Tensor) -> Tensor:
         return self.A.matmat(V) + self.shift * V
+
+    def count_replayed(self, products: int) -> None:
+        self.A.count_replayed(products)
 
     def to_dense(self) -> Tensor:
         A = self.A.to_dense()

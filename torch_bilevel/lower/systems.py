@@ -331,6 +331,9 @@ class LowerHessian(LinearOperator):
 
     matmat = matvec
 
+    def count_replayed(self, products: int) -> None:
+        self.at.objective._count("products", products)
+
     @property
     def blocks(self) -> int | None:
         """The size of ``block_preconditioner``'s blocks, where there is one."""

@@ -12,8 +12,15 @@ from ..derivatives import Linearisation, Objective
 from ..linalg import LinearOperator
 from ..lower import LowerSystems
 from ..lower.kept import BLOCK_DISCOUNT
-from ..outputs import LinearCall, dense_multiplications, one_product, price, products_to_factor, times_multiplications
-from ..outputs.prices import GEMM
+from ..outputs import (
+    LinearCall,
+    dense_multiplications,
+    in_products,
+    one_product,
+    price,
+    products_to_factor,
+    times_multiplications,  # fmt: skip
+)
 from ..problem import BilevelProblem
 from .evaluation import require_solution
 
@@ -104,7 +111,7 @@ class HyperHessian(LinearOperator):
         if worth is None:
             return False
         calls = self.systems.calls(self.lo.objective, self.lo.x, self.lo.y)
-        worth += GEMM * EIGENVECTORS * self.n**3 / one_product(calls)
+        worth += in_products(calls, EIGENVECTORS * self.n**3)
         return worth <= DENSE_GAIN * KRYLOV_PRODUCTS * (3 + 2 * self.systems.solve_price(self.lo))
 
     def _by_outputs(self) -> bool:
@@ -218,8 +225,9 @@ def dense_price(problem: BilevelProblem, systems: LowerSystems) -> float | None:
 def outputs_pay(ends: list[list[LinearCall]], terms: list[list[LinearCall]], dy: int, dx: int) -> bool:
     """Whether the blocks of A_lo, A_hi and Q by outputs cost less than the products of dx columns; factors apart."""
     by_outputs = sum(map(dense_multiplications, ends)) + sum(times_multiplications(calls, dy, dx)[0] for calls in terms)
+    one = one_product(ends[0])
     by_columns = dx * (2 * sum(map(one_product, ends)) + sum(map(one_product, terms))) / BLOCK_DISCOUNT
-    return GEMM * by_outputs <= by_columns
+    return in_products(ends[0], by_outputs) <= by_columns / one
 
 
 def factor_pays(columns: int, dy: int, worth: float) -> bool:

@@ -6,10 +6,20 @@ import torch
 
 from .calls import PROBES, LinearCall
 
-#: a multiplication inside a large matrix product over one inside a product with a vector, in time
-GEMM = 0.4
+#: a multiplication inside a large matrix product over one inside a product with a vector, in time, by kind of device
+GEMM = {"cpu": 0.4, "cuda": 0.15}
 #: multiplications of a product with a vector that take as long as the calls it is made of
-LEAST = 1_000_000
+LEAST = {"cpu": 1_000_000, "cuda": 400_000_000}
+
+
+def in_products(calls: list[LinearCall], multiplications: float) -> float:
+    """The time of these multiplications, in large matrix products, in products of h_yy with one vector."""
+    return GEMM[_kind(calls)] * multiplications / one_product(calls)
+
+
+def _kind(calls: list[LinearCall]) -> str:
+    """Of device; those not measured count as a GPU."""
+    return "cpu" if calls[0].X.device.type == "cpu" else "cuda"
 
 
 def products_to_factor(calls: list[LinearCall]) -> int:
@@ -19,7 +29,7 @@ def products_to_factor(calls: list[LinearCall]) -> int:
 
 def one_product(calls: list[LinearCall]) -> float:
     """Multiplications of a product with h_yy, at least as many as take the time of its calls."""
-    return max(LEAST, sum(2 * len(c.X) * c.index.numel() for c in calls))
+    return max(LEAST[_kind(calls)], sum(2 * len(c.X) * c.index.numel() for c in calls))
 
 
 def dense_multiplications(calls: list[LinearCall]) -> float:
@@ -37,7 +47,7 @@ def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tup
 
 def price(calls: list[LinearCall], more: float = 0.0) -> float:
     """The time of h_yy by these calls and of ``more`` multiplications in large matrix products, in products with a vector."""
-    return products_to_factor(calls) + GEMM * (dense_multiplications(calls) + more) / one_product(calls)
+    return products_to_factor(calls) + in_products(calls, dense_multiplications(calls) + more)
 
 
 def block_size(calls: list[LinearCall]) -> int | None:
@@ -51,4 +61,4 @@ def block_price(calls: list[LinearCall]) -> float:
     """The time of a ``BlockPreconditioner``, in products with a vector."""
     d, K = calls[0].index.shape
     made = sum(len(call.X) for call in calls) * d**2 * K + d**3 * K
-    return products_to_factor(calls) + GEMM * made / one_product(calls)
+    return products_to_factor(calls) + in_products(calls, made)
