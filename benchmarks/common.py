@@ -166,6 +166,7 @@ def parser_of(doc: str, repeats: int = 15) -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", help="folder with MNIST and libsvm (see experiments.data)")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"interleaved rounds; default {repeats}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it runs, of those that ask; default cpu")
     parser.add_argument("--max-seconds", type=float, default=120.0, help="of one table's timing, after three rounds")
     return parser
 
@@ -178,6 +179,8 @@ def begin(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if args.quick:
         args.repeats = min(args.repeats, 3)
     torch.manual_seed(0)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
     print(machine() + ("; --quick: not a measurement" if args.quick else ""), flush=True)
     return args
 

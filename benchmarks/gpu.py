@@ -1,10 +1,12 @@
 """The same work on CUDA: its share of the memory bandwidth or of the matrix products' rate, and CPU against GPU.
 
-    python -m benchmarks.gpu [--data-dir DATA] [--json FILE]
+    python -m benchmarks.gpu [--json FILE]
 
 Without a CUDA device it says so and ends. Bandwidth and rate are measured in the same run, by copying and multiplying
 large arrays. A single product of a softmax layer reads its inputs twice, so its floor is 2 n d numbers over the
-bandwidth; a block of 64 is bound by matrix products. TF32 is left as PyTorch has it (off).
+bandwidth; blocks, g_yy and its factor are bound by matrix products. CG is timed on the default stream, launched step by
+step, and on a stream of its own, where its steps are replayed as a CUDA graph (as ``minimize`` does it). TF32 is left as
+PyTorch has it (off). Whole runs: ``benchmarks.whole_run --device cuda`` and ``experiments reproduce E2_GPU``.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from benchmarks.floors import matmul_rate
 from benchmarks.problems import Setting, softmax, solved, synthetic_cleaning
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.linalg import FunctionOperator, cg
+from torch_bilevel.linalg import LinearOperator, cg, own_stream
+from torch_bilevel.linalg.replay import Replay
+from torch_bilevel.lower import LowerSystems
 
 BLOCK = 64
-CG_STEPS = 20
+CG_STEPS = 200
 
 
 def bandwidth(numbers: int = 2**28, repeats: int = 10) -> float:
@@ -39,33 +43,58 @@ def at_solution(setting: Setting):
 
 
 def products(setting: Setting, args) -> dict:
-    """A single product, a block and CG iterations on the GPU, with the share of their floors."""
+    """Single products, blocks, CG and what a factor takes on the GPU, with the share of their floors."""
     gpu = setting.to(device="cuda")
+    device = gpu.x.device
+    w = torch.randn(gpu.dy, BLOCK, generator=torch.Generator().manual_seed(0)).to(gpu.x)
+    v = w[:, 0].contiguous()
+    systems = LowerSystems(solver="cg")
     at = at_solution(gpu)
-    gen = torch.Generator().manual_seed(0)
-    V = torch.randn(gpu.dy, BLOCK, generator=gen).to(gpu.x)
-    w = V[:, 0].contiguous()
-    operator = FunctionOperator(gpu.dy, at.yy, at.yy, dtype=w.dtype, device=w.device)
-    runs: dict[str, Callable[[], object]] = {
-        "single product": lambda: at.yy(w),
-        f"block of {BLOCK}": lambda: at.yy(V),
-        f"{CG_STEPS} CG iterations": lambda: cg(operator, w, tol=1e-30, max_iterations=CG_STEPS),
-        f"{CG_STEPS} CG iterations, reorthogonalised": lambda: cg(
-            operator, w, tol=1e-30, max_iterations=CG_STEPS, reorthogonalise=True
-        ),
-    }
+    default = systems.operator(at)
+    with own_stream(device):
+        own = systems.operator(at_solution(gpu))  # recorded on the stream where it is to be replayed
+        out, place = torch.empty_like(v), v.clone()
+        replay = Replay.make(lambda: out.copy_(own.matvec(place)), device)
+    outputs = systems.outputs(at_solution(gpu))
+
+    def iterations(operator: LinearOperator, reorthogonalise: bool) -> Callable[[], object]:
+        return lambda: cg(operator, v, tol=1e-30, max_iterations=CG_STEPS, reorthogonalise=reorthogonalise)
+
+    def replayed(function: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with own_stream(device):
+                return function()
+
+        return run
+
     n, (features, classes) = len(gpu.train[1]), gpu.sizes
-    reads = 2 * n * features * w.element_size() / bandwidth()
-    multiplies = 4 * n * features * classes * BLOCK / matmul_rate(w.dtype, "cuda")
-    floors = dict(zip(runs, (reads, max(reads, multiplies), (CG_STEPS + 1) * reads, (CG_STEPS + 1) * reads)))
-    times = interleaved(runs, args.repeats, warmup=3, max_seconds=args.max_seconds)
+    size, speed, rate = w.element_size(), bandwidth(), matmul_rate(w.dtype, "cuda")
+    reads = 2 * n * features * size / speed
+    multiplies = 4 * n * features * classes * BLOCK / rate
+    dense = n * features**2 * classes * (classes + 1) / rate
+    plain, kept = iterations(default, False), iterations(default, True)
+    runs: dict[str, tuple[Callable[[], object], float]] = {
+        "single product": (lambda: at.yy(v), reads),
+        "single product, replayed": (replayed(replay), reads),
+        f"block of {BLOCK}": (lambda: at.yy(w), max(reads, multiplies)),
+        f"{CG_STEPS} CG iterations": (plain, CG_STEPS * reads),
+        f"{CG_STEPS} CG iterations, replayed": (replayed(iterations(own, False)), CG_STEPS * reads),
+        f"{CG_STEPS} CG iterations, reorthogonalised": (kept, CG_STEPS * reads),
+        f"{CG_STEPS} CG iterations, reorthogonalised, replayed": (replayed(iterations(own, True)), CG_STEPS * reads),
+    }
+    if outputs is not None:
+        H = outputs.dense_yy()
+        runs["g_yy from the outputs"] = (outputs.dense_yy, dense)
+        runs["its Cholesky factor"] = (lambda: torch.linalg.cholesky_ex(H), gpu.dy**3 / 3 / rate)
+    times = interleaved({name: run for name, (run, _) in runs.items()}, args.repeats, warmup=3, max_seconds=args.max_seconds)
     rows = []
     for name, spread in times.items():
-        memory, _ = cuda_peak_memory(runs[name])
-        rows.append([name, spread, floors[name] * 1e3, f"{100 * floors[name] / spread.median:.0f} %", memory])
-    print(f"\n## {setting.name}: products on the GPU\n")
+        run, floor = runs[name]
+        memory, _ = cuda_peak_memory(run)
+        rows.append([name, spread, floor * 1e3, f"{100 * floor / spread.median:.0f} %", memory])
+    print(f"\n## {setting.name}: products on the GPU ({speed / 1e12:.2f} TB/s, {rate / 1e12:.1f} TFLOP/s)\n")
     print(markdown(["what", "ms", "floor, ms", "share of the floor's rate", "peak MB"], rows), flush=True)
-    return {"seconds": times, "floors": floors}
+    return {"seconds": times, "floors": {name: floor for name, (_, floor) in runs.items()}, "bandwidth": speed, "rate": rate}
 
 
 def both_devices(setting: Setting, args) -> dict:
@@ -103,9 +132,10 @@ def main(argv: list[str] | None = None) -> dict:
         print("no CUDA device is visible to this PyTorch: nothing to measure here")
         finish(args, {"skipped": "no CUDA device"})
         return {}
-    large = softmax(args.quick)
-    record: dict = {"products": products(large, args)}
-    finish(args, record)
+    record: dict = {}
+    for setting in [softmax(True)] if args.quick else [softmax(), softmax(n=50_000)]:
+        record[f"products, {setting.name}"] = products(setting, args)
+        finish(args, record)
     small, middle = (40, 4, 3), (1000, 8, 10)
     for sizes in (small,) if args.quick else (middle, (5000, 28, 10)):
         setting = solved(synthetic_cleaning(*sizes))

@@ -9,7 +9,7 @@ error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal w
 
 *Cold*: nothing kept. *Warm start*: from the adjoint of the outer step before; with the factor or sketch that the
 library keeps from there, each of its levels by itself, and what making it cost. *Floor*: plain CG on closed-form
-products, two matrix products each.
+products, two matrix products each. ``--device cuda``: everybody on the GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.peers import PEERS, Peer, TorchOpt, TorchOptWarm
 from benchmarks.problems import Setting, curvature
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
+from torch_bilevel.linalg import own_stream
 from torch_bilevel.lower import LowerSystems
 from torch_bilevel.lower.kept import is_exact
 
@@ -279,7 +280,8 @@ def main(argv: list[str] | None = None) -> dict:
         except Skip as reason:
             print(f"\n## {name}: skipped: {reason}")
             continue
-        record[name] = compare(setting, args)
+        with own_stream(torch.device(args.device)):  # as within minimize
+            record[name] = compare(setting.to(device=args.device), args)
         finish(args, record)
     return record
 

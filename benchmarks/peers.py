@@ -223,7 +223,8 @@ class Jaxopt(Peer):
     def hypergradient(self, steps: int) -> Tensor:
         import numpy as np
 
-        return torch.from_numpy(np.array(self.call(self.params, self.x, steps).block_until_ready()))
+        found = np.array(self.call(self.params, self.x, steps).block_until_ready())
+        return torch.from_numpy(found).to(self.setting.x.device)
 
 
 class Higher(Peer):

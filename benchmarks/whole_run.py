@@ -79,7 +79,7 @@ class Runs:
         self.make, self.seeds, seconds = PROBLEMS[name]
         self.max_seconds = seconds if args.run_seconds is None else args.run_seconds
         self.seeds = self.seeds if args.seeds is None else args.seeds
-        self.folder = args.cache / "whole_run" / name
+        self.folder = args.cache / "whole_run" / (name if args.device == "cpu" else f"{name}-{args.device}")
 
     def get(self, label: str, seed: int) -> dict[str, Any]:
         """The run, or {'skipped': reason}."""
@@ -100,7 +100,7 @@ class Runs:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def run(self, label: str, seed: int, lr: float | None, max_seconds: float) -> dict[str, Any]:
-        setting, steps = self.make(self.args, seed), self.args.max_steps
+        setting, steps = self.make(self.args, seed).to(device=self.args.device), self.args.max_steps
         if label == PEER:
             return peer_run(setting, lr, max_seconds=max_seconds, max_steps=steps, eps=EPS)
         return library_run(setting, label, lr, max_seconds=max_seconds, max_steps=steps, eps=EPS, seed=seed)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.data import ENVIRONMENT, DataError, require
 from experiments.report import plain, versions
 from experiments.scheduler import Workers, kept, results_of, run_tasks
@@ -43,10 +45,12 @@ def reproduce(
         The path of the report.
 
     Raises:
-        DataError: a data set is absent. ConfigError, WorkerError: see `run_tasks`.
+        DataError: a data set is absent. ConfigError: no GPU where the study needs one; see also `run_tasks`. WorkerError.
     """
     for need in () if so_far else study.needs:
         _check_data(need, data_dir)
+    if study.gpu and not (quick or so_far or torch.cuda.is_available()):
+        raise ConfigError(f"{study.name} needs a CUDA device and this PyTorch sees none; --quick shows on a CPU that it runs")
     folder = runs_dir / "reproduce" / (f"{study.name}-quick" if quick else study.name)
     out = Path(out) if out is not None else folder / "report" if quick else Path("docs/results")
     if fresh and so_far:

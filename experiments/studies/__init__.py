@@ -7,7 +7,7 @@ import importlib
 from experiments.studies.base import Study, Task
 from torch_bilevel.errors import ConfigError, nearest
 
-STUDIES = ("E1", "E2", "E3", "E4", "E7")
+STUDIES = ("E1", "E2", "E2_GPU", "E3", "E4", "E7")
 
 __all__ = ["STUDIES", "Study", "Task", "load_study"]
 

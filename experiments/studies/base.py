@@ -53,6 +53,7 @@ class Study:
             result is what the task returned, or {"failed": message}.
         needs: data sets that must be at hand: names of `experiments.data`, or `"module:function"`, called with
             data_dir, which raises DataError.
+        gpu: whether it runs on a GPU only (its quick version runs anywhere).
     """
 
     name: str
@@ -60,3 +61,4 @@ class Study:
     stages: tuple[Callable[[bool, Results], list[Task]], ...]
     report: Callable[[Results, Path, bool], str]
     needs: tuple[str, ...] = ()
+    gpu: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,18 @@ def _started(data: Mapping[str, Any], seed: int, data_dir: str | None) -> hyper_
     return task
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """Processor seconds on a CPU; on CUDA those of the wall, everything asked of the GPU being done."""
+    if device != "cuda":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wall
+
+
 def run_one(
     data: Mapping[str, Any],
     seed: int,
@@ -78,7 +90,7 @@ def run_one(
     finish: bool = True,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
-    """One method on one problem, for `max_seconds` of its own processor time (one thread) or `max_steps`.
+    """One method on one problem, for `max_seconds` of `clock_of` its device (one thread) or `max_steps`.
 
     Args:
         data: keys of `hyper_cleaning.Config` that describe the problem. options: of the method.
@@ -122,7 +134,7 @@ def run_one(
         max_seconds=max_seconds,
         bounds=task.bounds,
         learner=True,
-        clock=time.process_time,
+        clock=clock_of(data.get("device", "cpu")),
     )
     x, y = followed.pop("x"), followed.pop("y")
     detection = detect_clean(task.sample_weights(x), task.corrupted)

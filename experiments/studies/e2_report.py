@@ -65,24 +65,25 @@ would ship: trained on the weighted training samples and the validation samples 
 
 
 def report(results: Results, folder: Path, quick: bool) -> str:
-    parts = [ABOUT, _tuning(results)]
+    parts = [ABOUT, tuning(results, e2.BUDGET_TUNING)]
     for dataset in e2.DATASETS:
         for setting in e2.SETTINGS:
-            parts.append(_comparison(results, folder, dataset, setting))
-    parts.append(_comparison(results, folder, "mnist", "half", "long"))
+            parts.append(comparison(results, folder, dataset, setting))
+    parts.append(comparison(results, folder, "mnist", "half", "long"))
     for dataset in e2.DATASETS:
-        parts.append(_comparison(results, folder, dataset, "half", "50000"))
+        parts.append(comparison(results, folder, dataset, "half", "50000"))
     return "\n\n".join(part for part in parts if part)
 
 
-def _tuning(results: Results) -> str:
+def tuning(results: Results, seconds: float) -> str:
+    """The grid of upper steps and what was chosen."""
     rows = []
     chosen = e2.best_steps(results)
     for label, (_, _, grid) in e2.TUNED.items():
         losses = [results.get(f"tune-{label}-{lr:g}", {}).get("validation_loss") for lr in grid]
         tried = ", ".join(f"{lr:g} ({number(loss)})" for lr, loss in zip(grid, losses))
         rows.append([label, tried, f"{chosen[label]:g}" if label in chosen else None])
-    return f"## Tuning\n\nUpper steps, with the validation loss after {e2.BUDGET_TUNING:g} s:\n\n" + markdown(
+    return f"## Tuning\n\nUpper steps, with the validation loss after {seconds:g} s:\n\n" + markdown(
         ["method", "upper steps tried (validation loss)", "used"], rows
     )
 
@@ -96,7 +97,11 @@ def _runs(results: Results, dataset: str, setting: str, size: str) -> dict[str, 
     return {label: group for label, group in found.items() if group}
 
 
-def _comparison(results: Results, folder: Path, dataset: str, setting: str, size: str = "5000") -> str:
+def comparison(
+    results: Results, folder: Path, dataset: str, setting: str, size: str = "5000", study: str = "E2",
+    seconds: str = "processor seconds",
+) -> str:  # fmt: skip
+    """Tables and figure of one data set in one setting; nothing where a method is missing."""
     runs = _runs(results, dataset, setting, size)
     references = [results.get(e2.key(dataset, setting, "references", seed, size), {}) for seed in e2.SEEDS]
     references = [reference for reference in references if "noisy" in reference]
@@ -107,9 +112,8 @@ def _comparison(results: Results, folder: Path, dataset: str, setting: str, size
     if not runs and not references:
         return ""
     seeds = max([len(group) for group in runs.values()] + [len(references)])
-    samples = {"5000": "5000 samples", "50000": "50,000 samples", "long": f"5000 samples, {e2.BUDGET_LONG:g} seconds"}[
-        size
-    ]
+    long = f"5000 samples, {e2.BUDGET_LONG:g} seconds"
+    samples = {"5000": "5000 samples", "50000": "50,000 samples", "gpu": "50,000 samples", "long": long}[size]
     parts = [
         f"## {NAMES[dataset]}, {samples}, {SETTING_NAMES[setting]}",
         f"Seeds: {seeds}." + _reported(dataset, setting),
@@ -117,7 +121,7 @@ def _comparison(results: Results, folder: Path, dataset: str, setting: str, size
     if references:
         parts.append(_references(references))
     if runs:
-        name = f"E2_{dataset}_{setting}_{size}.png"
+        name = f"{study}_{dataset}_{setting}_{size}.png"
         parts += [_table(runs), stopped(runs), _costs(runs), f"![{NAMES[dataset]}, {samples}](figures/{name})"]
         levels = (
             {
@@ -127,7 +131,7 @@ def _comparison(results: Results, folder: Path, dataset: str, setting: str, size
             if references
             else None
         )
-        _draw(folder / name, runs, levels)
+        _draw(folder / name, runs, levels, seconds)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -202,7 +206,10 @@ def _costs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _draw(
-    path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, Mapping[str, float]] | None
+    path: Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    levels: Mapping[str, Mapping[str, float]] | None,
+    seconds: str,
 ) -> None:
     rows = {"validation_loss": "validation loss", "test_loss": "test loss", "test_accuracy": "test accuracy"}
     drawn: dict[str, list[dict[str, float]]] = {label: [] for label in runs}
@@ -214,7 +221,7 @@ def _draw(
         path,
         drawn,
         rows,
-        {"seconds": "processor seconds", "oracle_calls": "gradients and products"},
+        {"seconds": seconds, "oracle_calls": "gradients and products"},
         levels,
         log_columns=("seconds", "oracle_calls"),
     )

@@ -269,3 +269,15 @@ def test_mnist_levels(tmp_path: Path, data_dir: Path) -> None:
     assert summary["test_accuracy"] == pytest.approx(0.898, abs=0.01)
     assert summary["retrained_test_accuracy"] == pytest.approx(0.904, abs=0.01)
     assert summary["f1"] > 0.8
+
+
+@pytest.mark.gpu
+def test_on_cuda(tmp_path: Path) -> None:
+    """From the command line to the figures, with the numbers of the CPU."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        folder = run(tmp_path / device, *SMALL, f"device={device}", "max_steps=3")
+        found[device] = json.loads((folder / "summary.json").read_text())
+        assert (folder / "figures" / "curves.png").is_file()
+    assert found["cuda"]["value"] == pytest.approx(found["cpu"]["value"], rel=1e-4)
+    assert found["cuda"]["retrained_test_loss"] == pytest.approx(found["cpu"]["retrained_test_loss"], rel=1e-4)

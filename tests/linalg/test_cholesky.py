@@ -91,3 +91,19 @@ def test_shapes_are_checked():
         CholeskyFactor(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"B: expected \(2,\) or \(2, k\), got \(3,\)"):
         CholeskyFactor(torch.eye(2)).solve(torch.ones(3))
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+def test_preconditioner(device, symmetric, gaussian, columns):
+    """The inverse's product on CUDA, the solves elsewhere: the same answer."""
+    A = symmetric(torch.linspace(1, 10, 30)).to(device)
+    b = (gaussian(30) if columns is None else gaussian(30, columns)).to(device)
+    for factor in (CholeskyFactor(A), CholeskyFactor.from_lower(torch.linalg.cholesky(A))):
+        for _ in range(2):
+            torch.testing.assert_close(factor.preconditioner()(b), torch.linalg.solve(A, b), rtol=0, atol=1e-12)
+
+
+def test_preconditioner_of_no_factor_says_so(symmetric):
+    factor = CholeskyFactor(symmetric([-1.0, 1.0]))
+    with pytest.raises(RuntimeError, match="not positive definite"):
+        factor.preconditioner()(torch.ones(2, dtype=torch.float64))

@@ -20,8 +20,8 @@ from .refinement import (
 from .replay import Replay, can_record
 from .solution import Solution
 
-#: steps before one is recorded as a CUDA graph, and steps between looks at what is replayed
-EAGER, LOOK = 4, 10
+#: steps before one is recorded as a CUDA graph (which costs as much as five), and between looks at what is replayed
+EAGER, LOOK = 6, 10
 
 
 def cg(

@@ -69,7 +69,7 @@ class LinearOperator(ABC):
             return self.matmat(V)
         return torch.cat([self.apply(block) for block in V.split(self.block_size, dim=1)], dim=1)
 
-    def count_replayed(self, products: int) -> None:
+    def count_replayed(self, products: int) -> None:  # noqa: B027  (most have no counts)
         """Told of so many products that were made without a call, by replaying one (negative: a call that made none)."""
 
     def to_dense(self) -> Tensor:

@@ -190,8 +190,8 @@ class LowerSystems:
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
             exact = self._make(at, self.kept.due(ladder))
-        if exact is None and ladder is not None and ladder.blocks is not None:
-            self.outputs(at)  # which make products, and blocks, cheaper
+        if exact is None and ladder is not None and ladder.blocks is not None and not b.is_cuda:
+            self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
         A = self.operator(at)
         if self.solver == "chebyshev":
             return self._expand(A, b, tol)
@@ -222,7 +222,8 @@ class LowerSystems:
             factor: Factor | None) -> Solution:  # fmt: skip
         """Preconditioned CG; without the factor once more where only its rounding may have shown negative curvature."""
         stored = b.numel() * (1 if factor is None else 2)
-        result = cg(A, b, tol=tol, x0=x0, preconditioner=factor, max_iterations=limit,
+        preconditioner = factor.preconditioner() if isinstance(factor, CholeskyFactor) else factor
+        result = cg(A, b, tol=tol, x0=x0, preconditioner=preconditioner, max_iterations=limit,
                     reorthogonalise=b.dtype != torch.float64 and stored <= 1_000_000)  # fmt: skip
         if result.status is SolveStatus.NEGATIVE_CURVATURE and factor is not None:
             result = cg(A, b, tol=tol, max_iterations=self.max_iterations)

@@ -13,7 +13,16 @@ multiplies random vectors as the true Hessian does.
 from .blocks import BlockPreconditioner
 from .calls import LinearCall, watch
 from .hessian import OutputHessian
-from .prices import block_price, block_size, dense_multiplications, in_products, one_product, price, products_to_factor, times_multiplications
+from .prices import (
+    block_price,
+    block_size,
+    dense_multiplications,
+    in_products,
+    one_product,
+    price,
+    products_to_factor,
+    times_multiplications,
+)
 
 __all__ = [
     "BlockPreconditioner", "LinearCall", "OutputHessian", "block_price", "block_size", "dense_multiplications", "in_products",
