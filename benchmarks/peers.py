@@ -173,7 +173,7 @@ class Curvlinops(Peer):
 
 
 class Jaxopt(Peer):
-    """jaxopt.implicit_diff.root_vjp under jit, with jaxopt's CG; its compilation is not timed."""
+    """jaxopt.implicit_diff.root_vjp under jit, with jaxopt's CG; its compilation is not timed. In true float32."""
 
     name, module = "jaxopt (jit), CG", "jaxopt"
 
@@ -183,6 +183,8 @@ class Jaxopt(Peer):
             os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
         import jax
         import jax.numpy as jnp
+
+        jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU float32 would be TF32, ours is not
         from jaxopt import implicit_diff, linear_solve
 
         def array(t: Tensor) -> Any:

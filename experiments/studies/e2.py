@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,27 @@ def tuning(quick: bool, _: Results) -> list[Task]:
     ]
 
 
-def best_steps(results: Results) -> dict[str, float]:
+def grid_of(label: str) -> tuple[float, ...]:
+    """The upper steps tried."""
+    return TUNED[label][2]
+
+
+def best_steps(results: Results, grid: Callable[[str], tuple[float, ...]] = grid_of) -> dict[str, float]:
     """Per tuned method the upper step of lowest validation loss at the end of its tuning run."""
     found: dict[str, tuple[float, float]] = {}
-    for label, (_, _, grid) in TUNED.items():
-        for lr in grid:
+    for label in TUNED:
+        for lr in grid(label):
             loss = results.get(f"tune-{label}-{lr:g}", {}).get("validation_loss")
             if loss is not None:
                 found[label] = min(found.get(label, (loss, lr)), (loss, lr))
     return {label: lr for label, (_, lr) in found.items()}
 
 
-def methods(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:
+def methods(
+    results: Results, grid: Callable[[str], tuple[float, ...]] = grid_of
+) -> dict[str, tuple[str, dict[str, Any]]]:  # fmt: skip
     """label -> (method, options), the tuned ones with their best step."""
-    steps = best_steps(results)
+    steps = best_steps(results, grid)
     tuned = {label: (TUNED[label][0], {**TUNED[label][1], "lr": lr}) for label, lr in steps.items()}
     return {**tuned, **fixed()}
 

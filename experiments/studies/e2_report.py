@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,13 @@ def report(results: Results, folder: Path, quick: bool) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def tuning(results: Results, seconds: float) -> str:
+def tuning(results: Results, seconds: float, grid: Callable[[str], tuple[float, ...]] = e2.grid_of) -> str:
     """The grid of upper steps and what was chosen."""
     rows = []
-    chosen = e2.best_steps(results)
-    for label, (_, _, grid) in e2.TUNED.items():
-        losses = [results.get(f"tune-{label}-{lr:g}", {}).get("validation_loss") for lr in grid]
-        tried = ", ".join(f"{lr:g} ({number(loss)})" for lr, loss in zip(grid, losses))
+    chosen = e2.best_steps(results, grid)
+    for label in e2.TUNED:
+        losses = {lr: results.get(f"tune-{label}-{lr:g}", {}).get("validation_loss") for lr in grid(label)}
+        tried = ", ".join(f"{lr:g} ({number(loss)})" for lr, loss in losses.items())
         rows.append([label, tried, f"{chosen[label]:g}" if label in chosen else None])
     return f"## Tuning\n\nUpper steps, with the validation loss after {seconds:g} s:\n\n" + markdown(
         ["method", "upper steps tried (validation loss)", "used"], rows

@@ -1,4 +1,4 @@
-"""CG whose steps are replayed: the same answers, products counted, and a way back where nothing can be recorded."""
+"""CG and Lanczos whose steps are replayed: the same answers, products counted, and a way back where nothing can be recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch_bilevel as tb
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.linalg import CholeskyFactor, FunctionOperator, SolveStatus, cg, own_stream
+from torch_bilevel.linalg import CholeskyFactor, FunctionOperator, SolveStatus, cg, lanczos_extreme, own_stream
 from torch_bilevel.linalg.replay import Replay, can_record
 from torch_bilevel.lower import LowerSystems
 
@@ -34,7 +34,6 @@ class Again:
 @pytest.fixture
 def recorded(monkeypatch):
     """Everything is recordable, and recordings are ``Again``; the list of them."""
-    module = sys.modules["torch_bilevel.linalg.cg"]
     made = []
 
     def make(step, device):
@@ -42,8 +41,9 @@ def recorded(monkeypatch):
         made.append(Again(step))
         return made[-1]
 
-    monkeypatch.setattr(module, "can_record", lambda device: True)
-    monkeypatch.setattr(module.Replay, "make", staticmethod(make))
+    for name in ("cg", "lanczos"):
+        monkeypatch.setattr(sys.modules[f"torch_bilevel.linalg.{name}"], "can_record", lambda device: True)
+    monkeypatch.setattr(Replay, "make", staticmethod(make))
     return made
 
 
@@ -211,3 +211,40 @@ def test_columns_and_preconditioner_on_cuda(symmetric, gaussian):
                 found = cg(A, b, tol=1e-10, preconditioner=preconditioner, reorthogonalise=reorthogonalise)
             assert found.ok
             torch.testing.assert_close(found.x, torch.linalg.solve(A, b), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("which", ["min", "max"])
+@pytest.mark.parametrize("max_basis", [None, 12])
+def test_replayed_lanczos_is_the_same(recorded, counter, symmetric, which, max_basis):
+    """Restarts included: rows that are dropped must not come back."""
+    values = torch.linspace(-1, 1, N, dtype=torch.float64) ** 3
+    A = symmetric(values)
+    operator = counter(A)
+    found = lanczos_extreme(operator, which=which, tol=1e-8, max_basis=max_basis)
+    assert len(recorded) == 1
+    assert recorded[0].calls > 5
+    assert found.ok
+    assert found.products == operator.count
+    assert float(found.value) == pytest.approx(float(values.min() if which == "min" else values.max()), abs=1e-7)
+    torch.testing.assert_close(A @ found.vector, found.value * found.vector, rtol=0, atol=1e-7)
+
+
+def test_replayed_lanczos_finds_an_invariant_subspace_and_goes_on(recorded, symmetric):
+    """A start within three eigenvectors breaks down, and the probe finds what is orthogonal to it."""
+    A = torch.diag(torch.linspace(-2, 3, N, dtype=torch.float64))
+    start = torch.zeros(N, dtype=torch.float64)
+    start[[5, 50, 100]] = 1.0
+    found = lanczos_extreme(A, start=start, tol=1e-8)
+    assert recorded
+    assert float(found.value) == pytest.approx(-2.0, abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_basis", [None, 12])
+def test_lanczos_on_cuda(symmetric, max_basis):
+    device = torch.device("cuda")
+    A = symmetric(torch.linspace(-1, 1, N, dtype=torch.float64) ** 3).to(device)
+    with own_stream(device):
+        found = lanczos_extreme(A, tol=1e-8, max_basis=max_basis)
+    assert found.ok
+    assert float(found.value) == pytest.approx(-1.0, abs=1e-7)

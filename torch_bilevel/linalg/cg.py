@@ -20,8 +20,10 @@ from .refinement import (
 from .replay import Replay, can_record
 from .solution import Solution
 
-#: steps before one is recorded as a CUDA graph (which costs as much as five), and between looks at what is replayed
-EAGER, LOOK = 6, 10
+#: steps before one is recorded as a CUDA graph, which costs as much as five: with a preconditioner there may be few
+EAGER, EAGER_PRECONDITIONED = 2, 6
+#: replayed steps between looks
+LOOK = 10
 
 
 def cg(
@@ -126,10 +128,10 @@ class _Recursion:
 
     def run(self, budget: int) -> Cycle:
         """Step until every column has stopped or the budget (at least 1 step) is spent."""
-        iterations = 0
+        iterations, eager = 0, EAGER if self.preconditioner is None else EAGER_PRECONDITIONED
         direction = curvature = None
         while iterations < budget:
-            steps = self._replayed(budget - iterations) if self.may_record and iterations >= EAGER else 0
+            steps = self._replayed(budget - iterations) if self.may_record and iterations >= eager else 0
             if steps == 0:
                 self._advance()
             iterations += max(1, steps)
@@ -333,6 +335,8 @@ class _History:
         """r - sum_j r_j (z_j'r), (n, m)."""
         used = self.count if self.next is None else self.R.shape[1]
         R, Z = self.R[:, :used], self.Z[:, :used]
+        if len(R) == 1:
+            return r - (R[0].mT @ (Z[0] @ r[:, 0])).unsqueeze(1)
         v = r.mT.unsqueeze(2)
         return (v - R.mT @ (Z @ v)).squeeze(2).mT
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .operator import LinearOperator, as_operator
+from .replay import Replay, can_record
 from .solution import SolveStatus
 
 
@@ -104,8 +105,7 @@ def lanczos_extreme(
         steps = min(
             check_every or 1 + basis.size // 25, basis.capacity - basis.size, max_iterations - iterations
         )
-        for _ in range(steps):
-            basis.expand()
+        basis.expand(steps)
         iterations += steps
         broke = basis.synchronise(steps)
         if not bool(basis.T.isfinite().all()):
@@ -136,10 +136,14 @@ class _Basis:
         self, A: LinearOperator, capacity: int, generator: torch.Generator, which: str, start: Tensor | None
     ) -> None:
         self.A, self.capacity, self.generator, self.which = A, capacity, generator, which
-        self.V = torch.zeros(capacity, A.n, dtype=A.dtype, device=A.device)  # rows
+        self.V = torch.zeros(capacity, A.n, dtype=A.dtype, device=A.device)  # rows, those from ``size`` on zero
+        self.H, self.norms = self.V.new_zeros(capacity, capacity), self.V.new_zeros(capacity, 2)  # of each row's step
         self.size = self.locked = self.products = 0
+        self.rows = 0  # that a step looks at: those in use, all of them where it is replayed
+        self.next = torch.zeros(1, dtype=torch.int64, device=A.device)  # the row that comes next, counted by the GPU
+        self.replay: Replay | None = None
+        self.may_record = can_record(self.V.device)
         self.T = torch.zeros(0, 0, dtype=torch.float64)
-        self.pending: list[tuple[Tensor, Tensor]] = []  # projections and norms not yet brought to the CPU
         self.beta = torch.zeros((), dtype=torch.float64)
         self.begin(start)
 
@@ -150,41 +154,71 @@ class _Basis:
                 self.A.n, generator=self.generator, device=self.generator.device, dtype=self.A.dtype
             ).to(self.A.device)
         start = start / start.abs().max()
-        self.v = self._orthonormalise(start / torch.linalg.vector_norm(start))[0]
+        v = self._orthonormalise(start / torch.linalg.vector_norm(start))[0]
+        self.v = self.v.copy_(v) if hasattr(self, "v") else v
 
-    def expand(self) -> None:
-        """One Lanczos step, without looking at a number."""
-        self.V[self.size] = self.v
-        self.size += 1
+    def expand(self, steps: int) -> None:
+        """So many Lanczos steps, without looking at a number."""
+        self.next.fill_(self.size)
+        end = self.size + steps
+        if self.may_record and self.replay is None and self.products > 0:
+            before, self.rows = self.products, self.capacity
+            self.replay = Replay.make(self._step, self.V.device)
+            if self.replay is None:
+                self.may_record = False
+            else:
+                self.A.count_replayed(1 - (self.products - before))  # what is recorded was not done
+                self.products, self.size = before + 1, self.size + 1
+        if self.replay is not None:
+            left = end - self.size
+            for _ in range(left):
+                self.replay()
+            self.A.count_replayed(left)
+            self.products, self.size = self.products + left, end
+        while self.size < end:
+            self.size = self.rows = self.size + 1
+            self._step()
+
+    def _step(self) -> None:
+        """One step in place: v becomes the next row, H and norms get theirs, and v is the vector after it."""
+        self.V.index_copy_(0, self.next, self.v.unsqueeze(0))
         w = self.A.matvec(self.v)
         self.products += 1
-        V = self.V[: self.size]
+        V = self.V[: self.rows]
         h = V @ w
         w_norm = torch.linalg.vector_norm(w)
         w = w - h @ V
         beta = torch.linalg.vector_norm(w)
-        self.v, shrink = self._orthonormalise(w / beta)
-        self.pending.append((h, torch.stack([beta * shrink, w_norm])))
+        w, shrink = self._orthonormalise(w / beta)
+        self.H.index_copy_(0, self.next, torch.nn.functional.pad(h, (0, self.capacity - len(h))).unsqueeze(0))
+        self.norms.index_copy_(0, self.next, torch.stack([beta * shrink, w_norm]).unsqueeze(0))
+        self.v.copy_(w)
+        self.next.add_(1)
 
     def synchronise(self, steps: int) -> bool:
         """Bring T up to date; True if V has become invariant (vectors beyond that are dropped)."""
         eps = max(10.0, self.A.n**0.5) * torch.finfo(self.A.dtype).eps
-        norms = torch.stack([n for _, n in self.pending]).to("cpu", torch.float64)
         first = self.size - steps
+        norms = self.norms[first : self.size].to("cpu", torch.float64)
+        columns = self.H[first : self.size].to("cpu", torch.float64)
         broke = False
-        for j, (h, _) in enumerate(self.pending):
-            column = h.to("cpu", torch.float64)
+        for j in range(steps):
             T = torch.zeros(first + j + 1, first + j + 1, dtype=torch.float64)
             T[:-1, :-1] = self.T
-            T[:, -1] = T[-1, :] = column
+            T[:, -1] = T[-1, :] = columns[j, : first + j + 1]
             self.T, self.beta = T, norms[j, 0]
             size = max(float(norms[j, 1]), float(T.abs().max()))
             if not bool(self.beta > eps * size):
                 broke = True
                 break
-        self.size = self.T.shape[0]
-        self.pending.clear()
+        self._drop(self.T.shape[0])
         return broke
+
+    def _drop(self, size: int) -> None:
+        """Only so many vectors stay."""
+        self.V[size:].zero_()
+        self.size = size
+        self.rows = size if self.replay is None else self.capacity
 
     def converged(self, tol: float) -> bool:
         """Whether the wanted Ritz vector of the unlocked part has residual |beta y_last| <= tol |T|."""
@@ -200,7 +234,7 @@ class _Basis:
     def restart(self) -> None:
         """Reduce the unlocked part to the wanted third of its Ritz vectors; the last residual comes next."""
         self._keep(max(1, (self.capacity - self.locked) // 3))
-        self.v = self._orthonormalise(self.v)[0]
+        self.v.copy_(self._orthonormalise(self.v)[0])
 
     def _keep(self, count: int) -> None:
         """Keep the locked vectors and the ``count`` wanted Ritz vectors of the rest."""
@@ -210,7 +244,7 @@ class _Basis:
         Y = vectors[:, chosen].to(self.V.device, self.V.dtype)
         self.V[first : first + count] = Y.mT @ self.V[first : self.size]
         self.T = torch.block_diag(self.T[:first, :first], torch.diag(values[chosen]))
-        self.size = first + count
+        self._drop(first + count)
 
     def result(self, status: SolveStatus, tol: float, iterations: int) -> EigenResult:
         """The extreme Ritz pair with its recomputed residual."""
@@ -235,7 +269,7 @@ class _Basis:
 
     def _orthonormalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """w made orthogonal to V and unit, twice; and the factor by which the first pass shrank it."""
-        V = self.V[: self.size]
+        V = self.V[: self.rows]
         w = w - (V @ w) @ V
         shrink = torch.linalg.vector_norm(w)
         w = w / shrink
