@@ -54,7 +54,7 @@ def cg(
         reorthogonalise: keep the residuals and orthogonalise each new one against them (in the inner product
             of M^{-1}). In float32 this needs far fewer products on ill-conditioned systems.
         check_every: steps between looks at the convergence mask, each of which waits for the GPU; default 1, and 10
-            where steps are replayed.
+            where steps are replayed. With a number of your own nothing is replayed.
 
     Returns:
         A ``Solution`` whose residual is recomputed; NEGATIVE_CURVATURE carries the direction and its
@@ -116,9 +116,9 @@ class _Recursion:
             _History(self.r, z, self.rho, preconditioner is not None) if reorthogonalise else None
         )
         self.check_every = 1 if check_every is None else check_every
-        self.look = LOOK if check_every is None else check_every  # of replayed steps
         self.replay: Replay | None = None
-        self.may_record = can_record(R.device)
+        self.may_record = check_every is None and can_record(R.device)
+        self.values: list[Tensor] | None = None  # of a step that is replayed: p'Ap, |r|, r'z
         self.lazy = self.check_every != 1  # stopped columns may stay in the working set until the next look
         self.masked = self.lazy  # whether the working set may hold stopped columns
         if not self._all_fine(self.rho):
@@ -131,7 +131,8 @@ class _Recursion:
         iterations, eager = 0, EAGER if self.preconditioner is None else EAGER_PRECONDITIONED
         direction = curvature = None
         while iterations < budget:
-            steps = self._replayed(budget - iterations) if self.may_record and iterations >= eager else 0
+            replays = self.may_record and not self.masked and iterations >= eager
+            steps = self._replayed(budget - iterations) if replays else 0
             if steps == 0:
                 self._advance()
             iterations += max(1, steps)
@@ -143,8 +144,7 @@ class _Recursion:
                         direction, curvature = found
                     if not bool(running.any()):
                         break
-                    if self.replay is None or 2 * int(running.sum()) <= len(running):  # else not worth recording anew
-                        self._compress(running)
+                    self._compress(running)
             if steps == 0:
                 self._turn()
             if self.history is not None and self.history.full:
@@ -154,48 +154,66 @@ class _Recursion:
         return Cycle(self.E, self.code, iterations, self.products, direction, curvature)
 
     def _replayed(self, budget: int) -> int:
-        """Do up to ``look`` steps by a CUDA graph, recorded now where there is none; how many were done."""
-        done, history, columns = 0, self.history, len(self.columns)
-        if history is not None and history.room == 0:
+        """Do up to LOOK steps by a CUDA graph, recorded now where there is none, and look at them; how many were done.
+
+        They are done without verdicts. Where one was called for, other than convergence, all are undone and 0 is answered:
+        the steps that follow see to it.
+        """
+        history, columns = self.history, len(self.columns)
+        steps = min(LOOK, budget, LOOK if history is None else history.room)
+        if steps == 0:
             self.replay, history.next = None, None  # its rows are about to move
             return 0
+        before, row = {name: getattr(self, name).clone() for name in _NUMBERS}, 0 if history is None else history.count
         if self.replay is None:
-            self.lazy = self.masked = True
+            self.log = self.rho.new_zeros(LOOK, 3, columns)
+            self.row = torch.zeros(1, dtype=torch.int64, device=self.r.device)
             if history is not None:
                 history.record()
-            before = self.products
+            made = self.products
             self.replay = Replay.make(self._in_place, self.r.device)
             if self.replay is None:
                 self.may_record = False
-                self.lazy = self.check_every != 1
                 if history is not None:
                     history.next = None
                 return 0
             done = 1
-            self.A.count_replayed(columns - (self.products - before))  # what is recorded was not done
-            self.products = before + columns
-            if history is not None:
-                history.added(1)
-        steps = min(self.look, budget) - done
-        if history is not None:
-            steps = min(steps, history.room)
-        for _ in range(steps):
+            self.A.count_replayed(columns - (self.products - made))  # what is recorded was not done
+            self.products = made + columns
+        else:
+            self.row.zero_()
+            done = 0
+        for _ in range(steps - done):
             self.replay()
-        self.A.count_replayed(steps * columns)
-        self.products += steps * columns
+        self.A.count_replayed((steps - done) * columns)
+        self.products += (steps - done) * columns
         if history is not None:
             history.added(steps)
-        return done + steps
+        log = self.log[:steps].cpu()
+        if not bool(log.isfinite().all() & (log[:, 0] > 0).all() & (log[:, 2] > 0).all()):
+            for name, value in before.items():
+                setattr(self, name, value)
+            if history is not None:
+                history.drop(row)
+            self.replay, self.may_record = None, False
+            return 0
+        if bool((log[-1, 1] <= self.target.cpu()).any()):
+            self._stop(torch.linalg.vector_norm(self.r, dim=0) <= self.target, CONVERGED)
+        return steps
 
     def _in_place(self) -> None:
-        """A step that leaves its numbers where they were before."""
+        """A step without verdicts that leaves its numbers where they were before, and what verdicts need in the log."""
         before = {name: getattr(self, name) for name in _NUMBERS}
+        self.values = []
         try:
             self._advance()
             self._turn()
+            self.log.index_copy_(0, self.row, torch.stack(self.values).unsqueeze(0))
+            self.row.add_(1)
             for name, place in before.items():
                 place.copy_(getattr(self, name))
         finally:
+            self.values = None
             for name, place in before.items():
                 setattr(self, name, place)
 
@@ -245,7 +263,10 @@ class _Recursion:
             self.history.append(self.r, z, self.rho)
 
     def _all_fine(self, value: Tensor, above: Tensor | float = 0.0) -> bool:
-        """Whether no column needs a verdict: all run, above < value < inf. Asks nothing of a GPU."""
+        """Whether no column needs a verdict: all run, above < value < inf. In a replay: not asked yet."""
+        if self.values is not None:
+            self.values.append(value)
+            return True
         return not self.masked and bool(((value > above) & (value < torch.inf)).all())
 
     def _stop(self, where: Tensor, code: int) -> None:
@@ -275,7 +296,7 @@ class _Recursion:
 
 
 #: what a step changes
-_NUMBERS = ("e", "r", "p", "rho", "p_norm2", "largest", "curvature", "state")
+_NUMBERS = ("e", "r", "p", "rho", "p_norm2", "largest")
 
 #: bytes that the residuals kept for reorthogonalisation may take
 HISTORY_BYTES = 1e9
@@ -308,6 +329,12 @@ class _History:
         """So many were added by a replay."""
         if self.count < self.limit:
             self.count += rows
+
+    def drop(self, count: int) -> None:
+        """Only the first rows stay; row numbers are Python's again."""
+        self.R[:, count:].zero_()
+        self.Z[:, count:].zero_()
+        self.count, self.next = count, None
 
     def append(self, r: Tensor, z: Tensor, rho: Tensor) -> None:
         if self.count == r.shape[0]:
