@@ -127,6 +127,8 @@ class CubicNewtonRun(Run):
         if new is not None and method.schedule.refreshes_on_failure:
             error = self._model_error(ev.x, ev.gradient, new.gradient, self._model_gradient(ev, tried))
         self._grow_older(ev.x, tried.length, accepted, error, self.counts.oracle_calls - spent)
+        if accepted and method.schedule.corrects:
+            self.model.correct(tried.x_new - ev.x, new.gradient - ev.gradient)
         if accepted:
             self.x, self.evaluation = tried.x_new, new
             self._accepted += 1

@@ -19,6 +19,10 @@ KINDS = ("auto", "dense", "krylov", "gradient")
 CURVATURE_TOL = 0.1
 #: up to this many hyperparameters 'auto' forms the matrix: the eigendecomposition then serves every step of a period
 MAX_DENSE = 500
+#: up to this many a matrix is corrected by secants: above, the new eigendecomposition takes longer than what it saves
+MAX_CORRECTED = 128
+#: least weight in the metric of a correction, relative to the largest
+FLOOR = 1e-2
 
 
 def check_kind(kind: str) -> None:
@@ -96,7 +100,7 @@ class HessianModel:
         if free is not None and bool(free.all()):
             free = None
         changed = (free is None) != (self.free is None) or (free is not None and not torch.equal(free, self.free))
-        if changed:
+        if changed or self._model is None:
             self.free = free
             self._model = self._build()
         if free is not None:
@@ -106,6 +110,26 @@ class HessianModel:
         if self.kind == "gradient":
             return gradient_descent_step(self._model, gradient, cubic_reg, eps=self.eps, seed=self.seed)
         return self._model.solve(gradient, cubic_reg)
+
+    def correct(self, s: Tensor, y: Tensor) -> None:
+        """Make a small matrix say H s = y, as the gradients did, by the least change of it.
+
+        In the metric of D, the lengths of the rows of H, so that the units of x matter little: with v = D s and
+        r = y - H s,  H += (r v' + v r') / s'v - (s'r / (s'v)^2) v v'.  D = I would be Powell's update.
+
+        Reference: Powell 1970 (PSB); Dennis and Schnabel 1983, section 9.3 (scaled). Cost: no product; the next step makes
+            an eigendecomposition.
+        """
+        if self.matrix is None or len(self.matrix) > MAX_CORRECTED:
+            return
+        H = self.matrix
+        rows = torch.linalg.vector_norm(H, dim=1)
+        v = torch.clamp(rows, min=FLOOR * float(rows.max())) * s
+        r, sv = y - H @ s, torch.dot(s, v)
+        if not bool(sv > 0) or not bool(r.isfinite().all()):
+            return
+        self.matrix = H + (torch.outer(r, v) + torch.outer(v, r)) / sv - torch.dot(s, r) / sv**2 * torch.outer(v, v)
+        self._model = None
 
     def describe(self) -> str:
         """Its kind and size, in words."""
@@ -120,11 +144,13 @@ class HessianModel:
             self._model.include(direction)
 
     def product(self, s: Tensor) -> Tensor:
-        """H s with the Hessian of the snapshot; a Krylov model pays one product."""
+        """H s with the Hessian of the snapshot, as corrected; a Krylov model pays one product."""
         return self.matrix @ s if self.matrix is not None else self.hessian.matvec(s)
 
     def norm(self, gradient: Tensor) -> float:
         """Estimate of |H|: exact for a dense model; |H g| / |g| (one product) before a Krylov basis exists."""
+        if self._model is None:
+            self._model = self._build()
         if self.kind == "dense" or (self.kind == "krylov" and self._model.basis_size):
             return float(self._model.norm)
         size = torch.linalg.vector_norm(gradient)

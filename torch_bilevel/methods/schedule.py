@@ -33,6 +33,7 @@ class FixedPeriod:
     """A new Hessian every ``period`` accepted steps, as published (pi(t) = t - t mod m)."""
 
     refreshes_on_failure = False
+    corrects = False
 
     def __init__(self, period: int = 1):
         if not isinstance(period, int) or period < 1:
@@ -51,7 +52,8 @@ class AdaptiveRefresh:
     one, that is at most L |s| (D + |s| / 2), of which a fresh one would have left the share |s| / (|s| + 2 D). So to go
     on gains log(1 / e) per step, and to refresh log(1 / fresh) at the price of 1 + ``Age.price`` steps:
         refresh when  fresh = e |s| / (|s| + 2 D) < e^(1 + price);  for e >= 1 when fresh < 1: it would have helped.
-    A rejected step counts as e >= 1; where even a fresh Hessian would have failed, M is to blame and grows.
+    A rejected step counts as e >= 1; where even a fresh Hessian would have failed, M is to blame and grows. Between two
+    Hessians a small matrix is corrected by the gradients that it got wrong (``HessianModel.correct``).
 
     Args:
         longest: at most this many accepted steps, default 20.
@@ -60,6 +62,7 @@ class AdaptiveRefresh:
     """
 
     refreshes_on_failure = True
+    corrects = True
 
     def __init__(self, longest: int = 20):
         if not isinstance(longest, int) or longest < 1:
