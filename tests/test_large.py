@@ -12,7 +12,7 @@ from torch_bilevel import derivatives
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import cg
-from torch_bilevel.linalg.cg import _History
+from torch_bilevel.linalg.history import History
 from torch_bilevel.linalg.lanczos import affordable_basis, lanczos_extreme
 from torch_bilevel.oracles import hessian as hessian_module
 
@@ -43,15 +43,15 @@ def test_bases_of_long_vectors_take_a_gigabyte() -> None:
 
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_reorthogonalised_cg_keeps_what_fits(preconditioned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[_History.__module__]  # `linalg.cg` is the function
+    module = sys.modules[History.__module__]  # `linalg.cg` is the function
     held = []
-    append = _History.append
+    append = History.append
 
     def watch(self, *vectors):
         append(self, *vectors)
         held.append((self.count, self.R.shape[1]))
 
-    monkeypatch.setattr(_History, "append", watch)
+    monkeypatch.setattr(History, "append", watch)
     A = torch.diag(torch.logspace(0, 3, 200))
     b = torch.ones(200)
     options = {"tol": 1e-4, "reorthogonalise": True, "preconditioner": (lambda R: R / 2) if preconditioned else None}
