@@ -55,19 +55,23 @@ class Ours:
 
     Args:
         level: None: cold, nothing kept. 0: started at the adjoint of the outer step before. n: also with what is kept
-            from there, of rank n (n = dy: Cholesky), see ``lower.kept.Ladder``.
+            from there, of rank n (n = dy: Cholesky), see ``lower.kept.Ladder``. "ritz": the Ritz vectors of that adjoint's
+            solve.
     """
 
-    def __init__(self, setting: Setting, level: int | None):
+    def __init__(self, setting: Setting, level: int | str | None):
         self.setting = setting
         small = is_exact(setting.dy)  # where 'auto' makes a factor at once, for later
         self.oracle = tb.ImplicitOracle(setting.problem(), solver="cg" if small and not level else "auto")
         self.preparation = 0.0
         if level is not None:
-            before = tb.ImplicitOracle(self.oracle.problem, solver="cg").at_point(setting.x_before, setting.y_before)
+            oracle = tb.ImplicitOracle(self.oracle.problem, solver="auto" if level == "ritz" else "cg")
+            before = oracle.at_point(setting.x_before, setting.y_before)
             self.oracle.warm = {"y": setting.y_before, "v": before.points["v"]}
+        if level == "ritz":
+            self.oracle.systems = oracle.systems
         self.systems = self.oracle.systems
-        if level:
+        if level and level != "ritz":
             g = Objective(self.oracle.problem, lower=1.0, counts=OracleCounts())
             at = g.linearise(setting.x_before, setting.y_before, "y")
             systems = self.systems
@@ -170,6 +174,8 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
     ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0)}
     at = Objective(cold.oracle.problem, lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
     ladder = cold.systems.ladder(at)
+    if cold.systems.kept.ritz_wanted(setting.dy, setting.x.dtype) and ladder.blocks is None:
+        ours_by_name["ours, warm start, Ritz vectors"] = Ours(setting, "ritz")
     for level in ladder.prices:
         kind = "blocks of size" if level == ladder.blocks else "sketch of rank"
         what = "Cholesky" if level == setting.dy else f"{kind} {level}"

@@ -117,3 +117,31 @@ def test_stopped_columns_cost_no_products(symmetric, gaussian, counter):
     assert block.products == operator.count
     alone = cg(A, hard, tol=1e-8).products
     assert abs(block.products - alone - 10 * 2) <= 10 + 3  # a step or two each, one true residual each
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ritz_vectors_of_the_iteration(symmetric, gaussian, dtype):
+    """The largest eigenvalues and their vectors, half as many as steps at most, without a product."""
+    values = torch.cat([torch.linspace(50, 100, 5), torch.linspace(1, 2, 115)]).double()
+    A, b = symmetric(values).to(dtype), gaussian(120).to(dtype)
+    tol = 1e-10 if dtype == torch.float64 else 1e-5
+    plain = cg(A, b, tol=tol, reorthogonalise=True)
+    found = cg(A, b, tol=tol, reorthogonalise=True, recycle=6)
+    assert found.products == plain.products
+    assert found.ritz.U.shape == (120, min(6, plain.iterations // 2))
+    near = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(found.ritz.eigenvalues[:5], values[:5].flip(0).to(dtype), rtol=near, atol=0)
+    U = found.ritz.U[:, :5]
+    torch.testing.assert_close(A @ U, U * found.ritz.eigenvalues[:5], rtol=0, atol=1e3 * near)
+    again = cg(A, gaussian(120, seed=1).to(dtype), tol=tol, preconditioner=found.ritz)
+    assert again.ok
+    assert again.iterations < cg(A, gaussian(120, seed=1).to(dtype), tol=tol).iterations
+
+
+def test_ritz_vectors_are_for_one_plain_column(symmetric, gaussian):
+    A = symmetric(torch.linspace(1, 100, 60))
+    assert cg(A, gaussian(60), reorthogonalise=True).ritz is None
+    assert cg(A, gaussian(60), recycle=4).ritz is None
+    assert cg(A, gaussian(60, 2), reorthogonalise=True, recycle=4).ritz is None
+    assert cg(A, gaussian(60), reorthogonalise=True, recycle=4, preconditioner=jacobi(A.diagonal())).ritz is None
+    assert cg(A, A[:, 0] * 0, reorthogonalise=True, recycle=4).ritz is None

@@ -79,6 +79,14 @@ def test_rows_of_the_history_move(recorded, symmetric, gaussian):
     assert float(torch.linalg.vector_norm(A @ found.x - b) / b.norm()) <= 1.1e-9
 
 
+def test_replayed_steps_leave_the_same_ritz_vectors(recorded, symmetric, gaussian):
+    A, b = system(symmetric, gaussian, "cpu")
+    found = cg(A, b, tol=1e-9, reorthogonalise=True, recycle=8)
+    assert recorded
+    plain = cg(A, b, tol=1e-9, reorthogonalise=True, recycle=8, check_every=1)
+    torch.testing.assert_close(found.ritz.eigenvalues, plain.ritz.eigenvalues)
+
+
 def test_few_columns_leave_and_many_are_dropped(recorded, counter, gaussian):
     """A column that has stopped costs on until half have; the others go on undisturbed."""
     A = torch.diag(torch.linspace(1, 100, N, dtype=torch.float64))

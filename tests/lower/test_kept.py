@@ -55,7 +55,7 @@ def test_climbs_from_cg_to_a_sketch_to_a_factor_as_they_pay(decaying):
         iterations.append(solve(systems, decaying, seed).iterations)
         kinds.append((type(systems.factor), systems.kept.level))
     order = list(dict.fromkeys(kinds))
-    assert order[0][0] is type(None) or order[0] == (NystromPreconditioner, N // 16)
+    assert order[0] == (NystromPreconditioner, 0)  # the Ritz vectors of the first solve
     assert (NystromPreconditioner, N // 16) in order
     assert kinds[-1] == (CholeskyFactor, N)
     assert iterations[-1] <= 2 < iterations[0]
@@ -163,3 +163,66 @@ def test_an_aged_factor_gives_way_to_blocks_that_were_cheaper(decaying):
     assert keeper.due(ladder) is None  # 8 lost, the price of blocks is 10
     seen(7)
     assert keeper.due(ladder) == 40
+
+
+def test_ritz_vectors_of_a_solve_serve_the_next_ones(decaying, monkeypatch):
+    monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: []))
+    systems, plain = LowerSystems(), LowerSystems(solver="cg")
+    first = solve(systems, decaying, 0)
+    assert systems.kept.is_recycled()
+    assert systems.factor.U.shape == (N, min(kept.RITZ, first.iterations // 2))
+    assert f"{systems.factor.U.shape[1]} Ritz vectors" in systems.describe()
+    for seed in (1, 2):
+        assert solve(systems, decaying, seed, 0.05).iterations <= 0.75 * solve(plain, decaying, seed, 0.05).iterations
+    assert decaying.counts.factorisations == 0  # they cost nothing
+
+
+def test_ritz_vectors_are_given_up_when_they_no_longer_help(decaying, monkeypatch):
+    monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: []))
+    systems = LowerSystems()
+    solve(systems, decaying, 0)
+    for seed in range(1, 5):
+        solve(systems, decaying, seed)
+    assert systems.kept.is_recycled()
+    fresh = systems.kept._fresh
+    at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
+    slow = Solution(at.y, SolveStatus.CONVERGED, torch.zeros(()), int(kept.WORN * 8 * fresh) + 1, 1, "cg")
+    systems.kept.observe(slow, 1e-8, 1, systems.ladder(at))
+    assert systems.factor is None
+    solve(systems, decaying, 9)
+    assert systems.kept.is_recycled()  # and others took their place
+    longer = Solution(at.y, SolveStatus.CONVERGED, torch.zeros(()), int(kept.OUTGROWN * systems.kept._ritz_steps) + 1, 1, "cg")
+    systems.kept.observe(longer, 1e-16, 1, systems.ladder(at))
+    assert systems.factor is None  # those of too short a solve
+
+
+def test_bad_ritz_vectors_are_dropped_and_the_system_is_solved(decaying, monkeypatch):
+    monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: []))
+    systems = LowerSystems(max_iterations=400)
+    solve(systems, decaying, 0)
+    ritz = systems.factor
+    worse = NystromPreconditioner(ritz.U, torch.logspace(8, -8, len(ritz.eigenvalues), dtype=torch.float64))
+    systems.kept.factor = worse
+    solve(systems, decaying, 1)
+    assert systems.factor is not worse
+
+
+def test_ritz_vectors_survive_a_checkpoint(decaying, monkeypatch):
+    monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: []))
+    systems, other = LowerSystems(), LowerSystems()
+    solve(systems, decaying, 0)
+    other.load_state_dict(systems.state_dict(), decaying.problem)
+    assert torch.equal(other.factor.U, systems.factor.U)
+    for seed in (1, 2, 3):
+        a, b = solve(systems, decaying, seed, 0.1), solve(other, decaying, seed, 0.1)
+        assert torch.equal(a.x, b.x)
+        assert a.iterations == b.iterations
+
+
+def test_no_ritz_vectors_where_a_factor_or_blocks_are_to_be_had():
+    assert KeptFactor().ritz_wanted(2000, torch.float64) == 0
+    assert KeptFactor().ritz_wanted(2001, torch.float64) == kept.RITZ
+    assert KeptFactor().ritz_wanted(1_000_000, torch.float32) == 16  # 64 MB
+    keeper = KeptFactor()
+    keeper.factor = NystromPreconditioner(torch.eye(3, 1), torch.ones(1))
+    assert keeper.ritz_wanted(5000, torch.float32) == 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .history import History
+from .nystrom import NystromPreconditioner
 from .operator import LinearOperator, as_operator
 from .preconditioner import Preconditioner, apply_preconditioner
 from .refinement import (
@@ -39,6 +40,7 @@ def cg(
     preconditioner: Preconditioner | None = None,
     x0: Tensor | None = None,
     reorthogonalise: bool = False,
+    recycle: int = 0,
     check_every: int | None = None,
 ) -> Solution:
     """Preconditioned conjugate gradients for a symmetric positive definite A.
@@ -56,6 +58,9 @@ def cg(
         x0: start of b's shape; default zero.
         reorthogonalise: keep the residuals and orthogonalise each new one against them (in the inner product
             of M^{-1}). In float32 this needs far fewer products on ill-conditioned systems.
+        recycle: answer with up to so many Ritz vectors for the largest eigenvalues of A (half as many as there were steps, no
+            products): the ``ritz`` of the answer. Takes one column, ``reorthogonalise``, no preconditioner and no
+            ``check_every``; else None.
         check_every: steps between looks at the convergence mask, each of which waits for the GPU; default 1, and 10
             where steps are replayed. With a number of your own nothing is replayed.
 
@@ -81,7 +86,7 @@ def cg(
     A = as_operator(A)
 
     def run(R: Tensor, target: Tensor, budget: int) -> Cycle:
-        recursion = _Recursion(A, R, target, preconditioner, reorthogonalise, check_every)
+        recursion = _Recursion(A, R, target, preconditioner, reorthogonalise, check_every, recycle)
         return recursion.run(budget)
 
     return refine(A, b, run, solver="cg", tol=tol, atol=atol, max_iterations=max_iterations, x0=x0)
@@ -98,6 +103,7 @@ class _Recursion:
         preconditioner: Preconditioner | None,
         reorthogonalise: bool,
         check_every: int | None,
+        recycle: int,
     ) -> None:
         k = R.shape[1]
         self.A, self.preconditioner, self.target = A, preconditioner, target
@@ -118,6 +124,10 @@ class _Recursion:
         self.history = (
             History(self.r, z, self.rho, preconditioner is not None) if reorthogonalise else None
         )
+        #: p'Ap and r'z of the steps so far, of which Ritz values are made; None where nobody asks for them
+        plain = k == 1 and preconditioner is None and check_every in (None, 1)
+        self.recycle = recycle if plain and reorthogonalise else 0
+        self.steps: tuple[list[Tensor], list[Tensor]] = ([], [self.rho.clone()])
         self.check_every = 1 if check_every is None else check_every
         self.replay: Replay | None = None
         self.may_record = check_every is None and can_record(R.device)
@@ -154,7 +164,7 @@ class _Recursion:
                 self._stop(torch.ones_like(self.state, dtype=torch.bool), STAGNATION)
                 break
         self._retire()
-        return Cycle(self.E, self.code, iterations, self.products, direction, curvature)
+        return Cycle(self.E, self.code, iterations, self.products, direction, curvature, self._ritz())
 
     def _replayed(self, budget: int) -> int:
         """Do up to LOOK steps by a CUDA graph, recorded now where there is none, and look at them; how many were done.
@@ -192,7 +202,7 @@ class _Recursion:
         self.products += (steps - done) * columns
         if history is not None:
             history.added(steps)
-        log = self.log[:steps].cpu()
+        log = self.log[:steps].to("cpu", copy=True)
         if not bool(log.isfinite().all() & (log[:, 0] > 0).all() & (log[:, 2] > 0).all()):
             for name, value in before.items():
                 setattr(self, name, value)
@@ -200,6 +210,9 @@ class _Recursion:
                 history.drop(row)
             self.replay, self.may_record = None, False
             return 0
+        if self.recycle:
+            self.steps[0].extend(log[:, 0])
+            self.steps[1].extend(log[:, 2])
         if bool((log[-1, 1] <= self.target.cpu()).any()):
             self._stop(torch.linalg.vector_norm(self.r, dim=0) <= self.target, CONVERGED)
         return steps
@@ -228,6 +241,8 @@ class _Recursion:
         quotient = pAp / self.p_norm2
         self.largest = torch.maximum(self.largest, quotient)
         alpha = self.rho / pAp
+        if self.recycle and self.values is None:
+            self.steps[0].append(pAp)
         if not self._all_fine(pAp):
             rounding = 10 * torch.finfo(pAp.dtype).eps * self.largest
             negative = (self.state == RUNNING) & pAp.isfinite() & (quotient < -rounding)
@@ -262,8 +277,27 @@ class _Recursion:
             p, p_norm2 = torch.where(running, p, self.p), torch.where(running, p_norm2, self.p_norm2)
             rho = torch.where(running, rho, self.rho)
         self.p, self.p_norm2, self.rho = p, p_norm2, rho
+        if self.recycle and self.values is None:
+            self.steps[1].append(rho.clone())  # a replay changes it in place
         if self.history is not None:
             self.history.append(self.r, z, self.rho)
+
+    def _ritz(self) -> NystromPreconditioner | None:
+        """The Ritz vectors asked for, from the tridiagonal matrix of the coefficients (Golub and Van Loan, section 10.2)."""
+        if not self.recycle:
+            return None
+        size = min(self.history.count, len(self.steps[0]), len(self.steps[1]))
+        pAp, rho = (torch.stack([number.reshape(()).cpu() for number in part[:size]]).double() for part in self.steps)
+        rank = min(self.recycle, size // 2)
+        if rank == 0 or not bool((pAp > 0).all() & (rho > 0).all() & pAp.isfinite().all() & rho.isfinite().all()):
+            return None
+        alpha, beta = rho / pAp, rho[1:] / rho[:-1]
+        diagonal = 1 / alpha
+        diagonal[1:] += beta / alpha[:-1]
+        off = -beta.sqrt() / alpha[:-1]
+        values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+        Y = vectors[:, -rank:].flip(1).to(self.r)  # the largest first
+        return NystromPreconditioner(self.history.R[0, :size].mT @ Y, values[-rank:].flip(0).to(self.r), products=0)
 
     def _all_fine(self, value: Tensor, above: Tensor | float = 0.0) -> bool:
         """Whether no column needs a verdict: all run, above < value < inf. In a replay: not asked yet."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .nystrom import NystromPreconditioner
 from .operator import LinearOperator
 from .solution import SEVERITY, Solution, SolveStatus
 
@@ -25,7 +26,7 @@ RUNNING = -1
 
 @dataclass(frozen=True)
 class Cycle:
-    """What one run of a Krylov recursion gives: corrections E (n, m), codes (m,) and what they cost."""
+    """What one run of a Krylov recursion gives: corrections E (n, m), codes (m,), what they cost, and Ritz vectors."""
 
     E: Tensor
     code: Tensor
@@ -33,6 +34,7 @@ class Cycle:
     products: int
     direction: Tensor | None = None
     curvature: Tensor | None = None
+    ritz: NystromPreconditioner | None = None
 
 
 #: (R, target, budget) -> Cycle: solve A E = R (unit columns) to |A e - r| <= target (m,) in at most budget
@@ -97,7 +99,7 @@ def refine(
     r_norm = column_norms(R)
     code = torch.where(r_norm / unit <= goal, CONVERGED, RUNNING)
     code = torch.where(r_norm.isfinite(), code, NON_FINITE)
-    direction = curvature = None
+    direction = curvature = ritz = None
 
     while iterations < budget:
         columns = (code == RUNNING).nonzero().flatten()
@@ -124,6 +126,8 @@ def refine(
         code[columns] = torch.where(new / unit[columns] <= goal[columns], CONVERGED, verdict)
         if cycle.direction is not None and (curvature is None or bool(cycle.curvature < curvature)):
             direction, curvature = cycle.direction, cycle.curvature
+        if cycle.ritz is not None and (ritz is None or ritz.U.shape[1] < cycle.ritz.U.shape[1]):
+            ritz = cycle.ritz
 
     code = torch.where(code == RUNNING, MAX_ITERATIONS, code)
     residual = r_norm / unit
@@ -138,4 +142,5 @@ def refine(
         solver=solver,
         direction=direction,
         curvature=curvature,
+        ritz=ritz,
     )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .nystrom import NystromPreconditioner
 
 
 class SolveStatus(enum.Enum):
@@ -55,6 +59,8 @@ class Solution:
             met.
         curvature: () d'Ad / d'd of that direction; of a failed Cholesky factorisation, the smallest
             eigenvalue.
+        ritz: Ritz vectors and values of A from the iteration, as a preconditioner for systems near by, where ``cg`` was
+            asked for them.
     """
 
     x: Tensor
@@ -65,6 +71,7 @@ class Solution:
     solver: str
     direction: Tensor | None = None
     curvature: Tensor | None = None
+    ritz: NystromPreconditioner | None = None
 
     @property
     def ok(self) -> bool:

@@ -32,6 +32,9 @@ SKETCH_BYTES = 300_000_000
 MODEL_SOLVES, MODEL_DECADES = 60, 3
 #: solves after which a new factor's rate of convergence counts as known.
 FRESH_SOLVES = 4
+#: Ritz vectors kept of a solve, bytes that they may take (a checkpoint holds them), fewest steps that are worth it, and
+#: when they are given up: iterations over those of that solve, iterations per decade over those when new.
+RITZ, RITZ_BYTES, RITZ_STEPS, OUTGROWN, WORN = 64, 64_000_000, 16, 2.0, 1.5
 
 
 def is_exact(n: int) -> bool:
@@ -70,6 +73,9 @@ class KeptFactor:
     (Cholesky: all but two iterations); the next level half of them, or all but six with a factor. Where an aged factor
     costs more than blocks did, these come back.
 
+    At level 0 the Ritz vectors of a CG solve, which cost no product, precondition the next ones (deflation), until a solve
+    takes clearly more iterations; then the next one goes without and leaves new ones.
+
     Attributes:
         factor: what preconditions now, or None. level: its rank, n for Cholesky, 0 for none.
         spent, missed: iterations that making it anew, and another level, could have saved since the last making.
@@ -84,6 +90,7 @@ class KeptFactor:
         self._fresh: float | None = None  # and when the factor was new
         self._seen = 0
         self._blocks_rate: float | None = None  # of the blocks, when they were last new
+        self._ritz_steps = 0  # iterations of the solve whose Ritz vectors are kept
 
     @staticmethod
     def levels(n: int, dtype: torch.dtype) -> list[int]:
@@ -97,6 +104,26 @@ class KeptFactor:
     def is_cholesky(self) -> bool:
         return isinstance(self.factor, CholeskyFactor)
 
+    def ritz_wanted(self, n: int, dtype: torch.dtype) -> int:
+        """How many Ritz vectors a solve should leave; 0 where something is kept already."""
+        if self.factor is not None or is_exact(n):
+            return 0
+        return min(RITZ, int(RITZ_BYTES / (n * torch.finfo(dtype).bits / 8)))
+
+    def recycle(self, solution: Solution) -> None:
+        """Keep the Ritz vectors of a solve, where it left some."""
+        if self.factor is None and solution.ok and solution.ritz is not None and solution.iterations >= RITZ_STEPS:
+            self.factor, self._ritz_steps = solution.ritz, solution.iterations
+            self._seen, self._fresh = 0, None
+
+    def is_recycled(self) -> bool:
+        return self.factor is not None and self.level == 0
+
+    def give_up(self) -> None:
+        """Keep nothing."""
+        self.factor = self.born = None
+        self._seen, self._fresh = 0, None
+
     def observe(self, solution: Solution, tol: float, columns: int, ladder: Ladder) -> None:
         """Learn from a solve with this preconditioner (or with none)."""
         decades = max(1.0, -math.log10(max(tol, 1e-16)))
@@ -109,6 +136,10 @@ class KeptFactor:
         renewal, climb = self._saved(self.rate, decades, ladder)
         self.spent += renewal * columns
         self.missed += climb * columns
+        if self.is_recycled():
+            outgrown = solution.iterations > OUTGROWN * self._ritz_steps
+            if outgrown or self._seen >= FRESH_SOLVES and self.rate > WORN * self._fresh:
+                self.give_up()
 
     def _saved(self, rate: float, decades: float, ladder: Ladder) -> tuple[float, float]:
         """Of a solve's cost in iterations, what the same level anew and what another one could save at least."""
@@ -166,7 +197,9 @@ class KeptFactor:
     def state_dict(self) -> dict[str, Any]:
         """For an exact resume. A large factor is not saved but the point where it was made, to make it there again."""
         small = self.is_cholesky() and is_exact(self.factor.n)
-        return {"L": self.factor.L if small else None, "born": None if small or self.factor is None else self.born,
+        ritz = [self.factor.U, self.factor.eigenvalues] if self.is_recycled() else None
+        return {"L": self.factor.L if small else None, "ritz": ritz, "ritz_steps": self._ritz_steps,
+                "born": None if small or self.factor is None else self.born,
                 "level": self.level, "spent": [self.spent, self.missed],
                 "rates": [self.rate, self._fresh, self._seen, self._blocks_rate]}  # fmt: skip
 
@@ -175,12 +208,15 @@ class KeptFactor:
         born = state["born"]
         if born is None or not self._made_at(born, state["level"]):
             self.factor = None if state["L"] is None else CholeskyFactor.from_lower(state["L"])
+            if state["ritz"] is not None:
+                self.factor = NystromPreconditioner(*state["ritz"])
         if born is not None and self.factor is None:
             h = Objective(problem, upper=born["upper"], lower=born["lower"], counts=OracleCounts())
             at = h.linearise(born["x"], born["y"], "y")
             self.make(state["level"], operator(at), at)
         self.level, (self.spent, self.missed) = state["level"], state["spent"]
         self.rate, self._fresh, self._seen, self._blocks_rate = state["rates"]
+        self._ritz_steps = state["ritz_steps"]
 
     def _made_at(self, born: dict[str, Any], level: int) -> bool:
         own = self.born

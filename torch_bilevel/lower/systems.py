@@ -107,6 +107,8 @@ class LowerSystems:
             return self.solver
         kind = {CholeskyFactor: "a Cholesky factor of", NystromPreconditioner: "CG with a Nystrom sketch of rank",
                 BlockPreconditioner: "CG with the outputs' blocks of size"}  # fmt: skip
+        if self.kept.is_recycled():
+            return f"CG with {self.factor.U.shape[1]} Ritz vectors, kept"
         return "CG" if self.factor is None else f"{kind[type(self.factor)]} {self.kept.level}, kept"
 
     def operator(self, at: Linearisation) -> LowerHessian:
@@ -204,9 +206,14 @@ class LowerSystems:
         columns = 1 if b.dim() == 1 else b.shape[1]
         renewable = self.solver == "auto" and self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
-        result = self._cg(A, b, tol, x0, limit, self.factor)
+        wanted = self.kept.ritz_wanted(len(b), b.dtype) if ladder is not None and ladder.blocks is None and columns == 1 else 0
+        result = self._cg(A, b, tol, x0, limit, self.factor, wanted)
+        if self.kept.is_recycled() and not result.ok:
+            self.kept.give_up()
+            result = self._cg(A, b, tol, x0, limit, None)
         if ladder is not None:
             self.kept.observe(result, tol, columns, ladder)
+            self.kept.recycle(result)
         if renewable and not result.ok:  # the kept factor is too old: make one here
             exact = self.factor_at(at)
             if exact is not None:
@@ -219,12 +226,13 @@ class LowerSystems:
         return max(min(tol, most), self.tol if self.tol is not None else default_tol(dtype))
 
     def _cg(self, A: LinearOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
-            factor: Factor | None) -> Solution:  # fmt: skip
+            factor: Factor | None, recycle: int = 0) -> Solution:  # fmt: skip
         """Preconditioned CG; without the factor once more where only its rounding may have shown negative curvature."""
         stored = b.numel() * (1 if factor is None else 2)
+        affordable = stored <= 1_000_000
         preconditioner = factor.preconditioner() if isinstance(factor, CholeskyFactor) else factor
         result = cg(A, b, tol=tol, x0=x0, preconditioner=preconditioner, max_iterations=limit,
-                    reorthogonalise=b.dtype != torch.float64 and stored <= 1_000_000)  # fmt: skip
+                    reorthogonalise=affordable and (b.dtype != torch.float64 or recycle > 0), recycle=recycle)  # fmt: skip
         if result.status is SolveStatus.NEGATIVE_CURVATURE and factor is not None:
             result = cg(A, b, tol=tol, max_iterations=self.max_iterations)
         return result
