@@ -110,18 +110,38 @@ def test_negative_curvature_is_found_in_a_replay(recorded, symmetric, gaussian):
     assert float(found.curvature) < 0
 
 
-def test_what_cannot_be_recorded_goes_on(monkeypatch, counter, symmetric, gaussian):
+@pytest.mark.parametrize("done", ["not at all", "wholly"])
+def test_what_cannot_be_recorded_goes_on(monkeypatch, counter, symmetric, gaussian, done):
     module = sys.modules["torch_bilevel.linalg.cg"]
     tried = []
     monkeypatch.setattr(module, "can_record", lambda device: True)
-    monkeypatch.setattr(module.Replay, "make", staticmethod(lambda step, device: tried.append(step)))
+
+    def fail(step, device):
+        tried.append(step)
+        if done == "wholly":
+            step()
+
+    monkeypatch.setattr(module.Replay, "make", staticmethod(fail))
     A, b = system(symmetric, gaussian, "cpu", 3)
     operator = counter(A)
     for reorthogonalise in (False, True):
         found = cg(operator, b, tol=1e-9, reorthogonalise=reorthogonalise)
         torch.testing.assert_close(found.x, torch.linalg.solve(A, b), rtol=0, atol=1e-6)
+        plain = cg(A, b, tol=1e-9, reorthogonalise=reorthogonalise, check_every=1)
+        assert found.iterations == plain.iterations
     assert len(tried) == 2
-    assert found.products <= operator.count
+
+
+@pytest.mark.parametrize("done", ["not at all", "wholly"])
+def test_lanczos_goes_on_where_it_cannot_be_recorded(monkeypatch, symmetric, done):
+    module = sys.modules["torch_bilevel.linalg.lanczos"]
+    A = symmetric(torch.linspace(-1, 1, N, dtype=torch.float64) ** 3)
+    plain = lanczos_extreme(A, tol=1e-8, check_every=10)
+    monkeypatch.setattr(module, "can_record", lambda device: True)
+    monkeypatch.setattr(module.Replay, "make", staticmethod(lambda step, device: step() if done == "wholly" else None))
+    found = lanczos_extreme(A, tol=1e-8, check_every=10)
+    assert found.iterations == plain.iterations
+    torch.testing.assert_close(found.value, plain.value, rtol=0, atol=1e-12)
 
 
 def test_nothing_is_recorded_on_a_cpu():

@@ -186,10 +186,7 @@ class _Recursion:
             made = self.products
             self.replay = Replay.make(self._in_place, self.r.device)
             if self.replay is None:
-                self.may_record = False
-                if history is not None:
-                    history.next = None
-                return 0
+                return self._undo(before, row)
             done = 1
             self.A.count_replayed(columns - (self.products - made))  # what is recorded was not done
             self.products = made + columns
@@ -204,18 +201,22 @@ class _Recursion:
             history.added(steps)
         log = self.log[:steps].to("cpu", copy=True)
         if not bool(log.isfinite().all() & (log[:, 0] > 0).all() & (log[:, 2] > 0).all()):
-            for name, value in before.items():
-                setattr(self, name, value)
-            if history is not None:
-                history.drop(row)
-            self.replay, self.may_record = None, False
-            return 0
+            return self._undo(before, row)
         if self.recycle:
             self.steps[0].extend(log[:, 0])
             self.steps[1].extend(log[:, 2])
         if bool((log[-1, 1] <= self.target.cpu()).any()):
             self._stop(torch.linalg.vector_norm(self.r, dim=0) <= self.target, CONVERGED)
         return steps
+
+    def _undo(self, before: dict[str, Tensor], row: int) -> int:
+        """Back to where the steps began, and from now on one by one; 0 steps were done."""
+        for name, value in before.items():
+            setattr(self, name, value)
+        if self.history is not None:
+            self.history.drop(row)
+        self.replay, self.may_record = None, False
+        return 0
 
     def _in_place(self) -> None:
         """A step without verdicts that leaves its numbers where they were before, and what verdicts need in the log."""

@@ -162,10 +162,13 @@ class _Basis:
         self.next.fill_(self.size)
         end = self.size + steps
         if self.may_record and self.replay is None and self.products > 0:
-            before, self.rows = self.products, self.capacity
+            before, v, self.rows = self.products, self.v.clone(), self.capacity
             self.replay = Replay.make(self._step, self.V.device)
             if self.replay is None:
                 self.may_record = False
+                self.v.copy_(v)
+                self.next.fill_(self.size)
+                self._drop(self.size)
             else:
                 self.A.count_replayed(1 - (self.products - before))  # what is recorded was not done
                 self.products, self.size = before + 1, self.size + 1

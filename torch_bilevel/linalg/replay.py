@@ -6,6 +6,7 @@ arithmetic: 1.4 ms of Python for 0.1 ms of work. A recorded step is replayed wit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -63,7 +64,7 @@ class Replay:
 
     @classmethod
     def make(cls, step: Callable[[], None], device: torch.device) -> Replay | None:
-        """Do the step once and record it; None where it cannot be recorded, and then it may not have been done.
+        """Do the step once and record it; None where it cannot be recorded, and then it was done in part, wholly or not at all.
 
         On the default stream nothing can be: see ``own_stream``.
         """
@@ -71,13 +72,23 @@ class Replay:
             return None
         before = torch.cuda.get_sync_debug_mode()
         try:
-            torch.cuda.set_sync_debug_mode("error")  # found out now, for a synchronisation spoils a recording
+            _check_synchronisation("error")  # found out now, for a synchronisation spoils a recording
             step()
         except RuntimeError:
             return None
         finally:
-            torch.cuda.set_sync_debug_mode(before)
-        return cls(step, device)
+            _check_synchronisation(before)
+        try:
+            return cls(step, device)
+        except RuntimeError:  # a synchronisation that PyTorch does not know of
+            return None
+
+
+def _check_synchronisation(mode: str | int) -> None:
+    """PyTorch's mode, without its remark that it does not find all of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def can_record(device: torch.device) -> bool:
