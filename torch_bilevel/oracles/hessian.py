@@ -26,8 +26,8 @@ from .evaluation import require_solution
 
 #: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.
 DENSE_BLOCK, BLOCK_NUMBERS = 256, 2**25
-#: products of a typical Krylov model, how many times dearer a matrix may be, multiplications of eigenvectors over n^3.
-KRYLOV_PRODUCTS, DENSE_GAIN, EIGENVECTORS = 40, 3, 10
+#: products of a typical Krylov model, multiplications of eigenvectors over n^3.
+KRYLOV_PRODUCTS, EIGENVECTORS = 40, 10
 
 
 class HyperHessian(LinearOperator):
@@ -103,16 +103,17 @@ class HyperHessian(LinearOperator):
 
     @property
     def dense_pays(self) -> bool:
-        """Whether the matrix, had by the learner's outputs, costs little more than a Krylov model, with its eigenvectors.
+        """Whether the matrix, had by the learner's outputs, costs no more than a Krylov model, with its eigenvectors.
 
-        Later steps with the same Hessian are then free, where a Krylov model grows.
+        Later steps with the same Hessian are free as well, where a Krylov model grows; but a model costs less than is reckoned
+        here where solves are warm, so that a matrix which is dearer by these numbers is dearer in truth.
         """
         worth = dense_price(self.lo.objective.problem, self.systems)
         if worth is None:
             return False
         calls = self.systems.calls(self.lo.objective, self.lo.x, self.lo.y)
         worth += in_products(calls, EIGENVECTORS * self.n**3)
-        return worth <= DENSE_GAIN * KRYLOV_PRODUCTS * (3 + 2 * self.systems.solve_price(self.lo))
+        return worth <= KRYLOV_PRODUCTS * (3 + 2 * self.systems.solve_price(self.lo))
 
     def _by_outputs(self) -> bool:
         """Whether all blocks are had by the learner's outputs, and cheaper than as many products as x has entries."""
