@@ -32,6 +32,8 @@ FINISH_HESSIANS, FINISH_EVALUATIONS, FINISH_DECADES = 4, 10, 4
 STAKE = 0.5
 #: after a finish that was slower L-BFGS has so many times what it cost before another; twice as many after each.
 PATIENCE = 2
+#: product of a finish's shares of what L-BFGS gained, in value and in gradient, below which it was slower
+CLEARLY = 0.5
 #: a function is quadratic along a step where the trapezoid rule is exact to this; one Hessian is then a finish where it
 #: costs no more than so many evaluations.
 QUADRATIC, QUADRATIC_PRICE = 1e-6, 4.0
@@ -138,14 +140,16 @@ class AutoRun(Run):
         return FINISH_HESSIANS * self.hessian_cost() + FINISH_EVALUATIONS
 
     def _judge(self) -> None:
-        """Before a second Hessian: back to L-BFGS where it gained more, by value and by gradient, for as many calls."""
+        """Before a second Hessian: back to L-BFGS where it gained more for as many calls, by value and by gradient, or clearly
+        more by the product of the two."""
         trial, active = self._trial, self.active
         if trial is None or active.model is None or not active.method.schedule.due(active.age):
             return
         self._trial, calls = None, self.counts.oracle_calls
         spent = calls - trial["calls"]
         gained = trial["value"] - float(active.current().value), decades(trial["before"], trial["norm"])
-        if all(now < rate * spent for now, rate in zip(gained, trial["rates"])):
+        shares = [max(0.0, now) / (rate * spent) if rate > 0 else math.inf for now, rate in zip(gained, trial["rates"])]
+        if max(shares) < 1 or min(shares) * max(shares) < CLEARLY:
             self._failed += 1
             self._wait = calls + PATIENCE**self._failed * spent
             self._go_first_order()
@@ -293,8 +297,8 @@ def AUTO(
     the first Hessian may cost half of what has been spent.
     Where its steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
     A second phase that was begun for speed must prove it: before its second Hessian the decrease of value and gradient
-    by the first is compared with that of L-BFGS for as many oracle calls. If both are less, the run goes back to
-    L-BFGS, which then has at least twice (four times, eight times, ...) the calls of that trial.
+    by the first is compared with that of L-BFGS for as many oracle calls. If both are less, or the product of the two
+    shares is below a half, the run goes back to L-BFGS, which then has at least twice (four times, eight times, ...) the calls of that trial.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.
