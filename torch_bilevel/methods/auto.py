@@ -298,7 +298,8 @@ def AUTO(
     Where its steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
     A second phase that was begun for speed must prove it: before its second Hessian the decrease of value and gradient
     by the first is compared with that of L-BFGS for as many oracle calls. If both are less, or the product of the two
-    shares is below a half, the run goes back to L-BFGS, which then has at least twice (four times, eight times, ...) the calls of that trial.
+    shares is below a half, the run goes back to L-BFGS, which then has at least twice (four times, eight times, ...)
+    the calls of that trial.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.
