@@ -72,7 +72,7 @@ class AutoRun(Run):
         self._path: list[tuple[float, float, int, int]] = []  # of L-BFGS: value, |gradient|, evaluations, oracle calls
         self._quadratic = False
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._trial: dict[str, Any] | None = None  # of a second phase that must prove itself
+        self._trial: dict[str, Any] | None = None  # of a second phase that must prove itself, since its last Hessian
         self._failed, self._wait = 0, 0  # finishes that were slower, and the oracle calls before which there is no other
 
     @property
@@ -141,18 +141,23 @@ class AutoRun(Run):
 
     def _judge(self) -> None:
         """Before a second Hessian: back to L-BFGS where it gained more for as many calls, by value and by gradient, or clearly
-        more by the product of the two."""
+        more by the product of the two. Before a later one: where by both for the second time running.
+        """
         trial, active = self._trial, self.active
         if trial is None or active.model is None or not active.method.schedule.due(active.age):
             return
-        self._trial, calls = None, self.counts.oracle_calls
+        self._trial, calls, value = None, self.counts.oracle_calls, float(active.current().value)
         spent = calls - trial["calls"]
-        gained = trial["value"] - float(active.current().value), decades(trial["before"], trial["norm"])
+        gained = trial["value"] - value, decades(trial["before"], trial["norm"])
         shares = [max(0.0, now) / (rate * spent) if rate > 0 else math.inf for now, rate in zip(gained, trial["rates"])]
-        if max(shares) < 1 or min(shares) * max(shares) < CLEARLY:
+        slower = max(shares) < 1
+        if slower and trial["slower"] or trial["first"] and (slower or min(shares) * max(shares) < CLEARLY):
             self._failed += 1
             self._wait = calls + PATIENCE**self._failed * spent
             self._go_first_order()
+        else:
+            self._trial = {**trial, "calls": calls, "value": value, "before": trial["norm"], "first": False,
+                           "slower": slower}  # fmt: skip
 
     def hessian_cost(self) -> float:
         """A hyper-Hessian in evaluations, both in oracle calls: what its model and its lower factor would take over what an
@@ -183,7 +188,8 @@ class AutoRun(Run):
             value_then, _, _, lately = self._path[-1 - window // 2]  # values fall steadily: a shorter time tells
             best, spent = min(point[1] for point in self._path), calls - self._path[-1 - window][3]
             rates = [(value_then - value) / max(1, calls - lately), max(0.0, self._decades(window)) / max(1, spent)]
-            self._trial = {"rates": rates, "calls": calls, "value": value, "before": best, "norm": best}
+            self._trial = {"rates": rates, "calls": calls, "value": value, "before": best, "norm": best, "first": True,
+                           "slower": False}  # fmt: skip
         self._pairs = self.active.pairs
         self._change(CubicNewtonRun(self.method.then, self.problem, self.oracle, seed=self.seed, bounds=self._bounds))
 
@@ -299,7 +305,7 @@ def AUTO(
     A second phase that was begun for speed must prove it: before its second Hessian the decrease of value and gradient
     by the first is compared with that of L-BFGS for as many oracle calls. If both are less, or the product of the two
     shares is below a half, the run goes back to L-BFGS, which then has at least twice (four times, eight times, ...)
-    the calls of that trial.
+    the calls of that trial. Before later Hessians it goes back if both are less for the second time running.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.
