@@ -29,7 +29,7 @@ WINDOW, WINDOW_SHARE = 6, 1 / 8
 #: what a second-order finish is reckoned to need: Hessians, evaluations, decades of gradient it is compared over.
 FINISH_HESSIANS, FINISH_EVALUATIONS, FINISH_DECADES = 4, 10, 4
 #: share of what has been spent that the first Hessian of a finish may cost, so that a mistake costs little
-STAKE = 0.5
+STAKE = 0.25
 #: after a finish that was slower L-BFGS has so many times what it cost before another; twice as many after each.
 PATIENCE = 2
 #: product of a finish's shares of what L-BFGS gained, in value and in gradient, below which it was slower
@@ -300,7 +300,7 @@ def AUTO(
     The first phase ends when L-BFGS stalls, when it stands at a saddle, or when, at its rate of late, four more decades
     of gradient would cost it more than a second-order finish: four Hessians and ten evaluations, in oracle calls
     reckoned from the counts so far. The rate is believed once measured over six steps and an eighth of that finish, and
-    the first Hessian may cost half of what has been spent.
+    the first Hessian may cost a quarter of what has been spent.
     Where its steps show a quadratic function and a Hessian costs at most four evaluations, it ends at once.
     A second phase that was begun for speed must prove it: before its second Hessian the decrease of value and gradient
     by the first is compared with that of L-BFGS for as many oracle calls. If both are less, or the product of the two
