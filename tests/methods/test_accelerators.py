@@ -9,6 +9,7 @@ import torch_bilevel as tb
 from tests.problems import ill_conditioned, nonconvex
 from torch_bilevel import derivatives
 from torch_bilevel.lower import kept
+from torch_bilevel.methods.model import HessianModel
 
 CASES = {"nonconvex": nonconvex(), "ill_conditioned": ill_conditioned()}
 
@@ -46,7 +47,21 @@ def krylov(monkeypatch):
     return {"hessian": "krylov"}
 
 
-SETTINGS = (nothing, folded, single_products, nothing_kept, a_factor_everywhere, sketches, krylov)
+def uncorrected(monkeypatch):
+    """No secants between refreshes."""
+    monkeypatch.setattr(HessianModel, "correct", lambda self, s, y: None)
+    return {}
+
+
+def ritz_vectors(monkeypatch):
+    """Kept from solves of two steps and more, and nothing else."""
+    monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 1)
+    monkeypatch.setattr(kept, "RITZ_STEPS", 2)
+    monkeypatch.setattr(kept.KeptFactor, "levels", staticmethod(lambda n, dtype: []))
+    return {}
+
+
+SETTINGS = (nothing, folded, single_products, nothing_kept, a_factor_everywhere, sketches, krylov, uncorrected, ritz_vectors)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
