@@ -9,13 +9,14 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import common, gpu, hyper_hessian, hypergradient, products, scaling, whole_run
+from benchmarks import common, gpu, hyper_hessian, hypergradient, products, scaling, secants, whole_run
 from benchmarks.floors import closed_form
 from benchmarks.peers import TorchOpt
 from benchmarks.problems import softmax, solved, synthetic_cleaning
 from benchmarks.runs import Judge, torchopt_hypergradient
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
+from torch_bilevel.methods.model import HessianModel
 
 
 def run(module, tmp_path, *options: str) -> dict:
@@ -166,3 +167,12 @@ def test_numbers_have_two_or_three_digits(value, text):
 def test_peak_memory_sees_a_large_array():
     megabytes, _ = common.peak_memory(lambda: torch.ones(20_000_000).sum())
     assert megabytes is None or 70 < megabytes < 160
+
+
+def test_secants_compares_runs_with_and_without_and_puts_corrections_back():
+    correct = HessianModel.correct
+    found, missing = secants.compare([secants.saddle], "lazy dlcrn")
+    assert HessianModel.correct is correct
+    assert missing == 0
+    assert found[0][1] < 1  # fewer Hessians
+    assert secants.families(3).keys() == secants.families(1).keys()

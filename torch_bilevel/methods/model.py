@@ -19,7 +19,8 @@ KINDS = ("auto", "dense", "krylov", "gradient")
 CURVATURE_TOL = 0.1
 #: up to this many hyperparameters 'auto' forms the matrix: the eigendecomposition then serves every step of a period
 MAX_DENSE = 500
-#: up to this many a matrix is corrected by secants: above, the new eigendecomposition takes longer than what it saves
+#: up to this many a matrix is corrected by secants; each correction takes an eigendecomposition, n^3, for the n products or
+#: so of a Hessian that may be saved (not measured above)
 MAX_CORRECTED = 128
 #: least weight in the metric of a correction, relative to the largest
 FLOOR = 1e-2
