@@ -186,7 +186,8 @@ def test_singular_inconsistent_is_not_success(options, device, symmetric, gaussi
     assert bool(solution.x.isfinite().all())
     true = relative_residual(A, solution.x, b)
     if solution.x.abs().max() > 0:
-        rounding = 100 * torch.finfo(b.dtype).eps * float(solution.x.norm() / b.norm())  # x is large here
+        # x is large here, and a GPU rounds otherwise than the CPU that judges it
+        rounding = 0.0 if device.type == "cpu" else 100 * torch.finfo(b.dtype).eps * float(solution.x.norm() / b.norm())
         assert float(solution.residual) == pytest.approx(float(true), rel=1e-3, abs=rounding)
     if options["solver"] == "minres":  # the least-squares residual: the part of b in the null space
         values, vectors = torch.linalg.eigh(A)
