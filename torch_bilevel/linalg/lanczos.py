@@ -138,6 +138,7 @@ class _Basis:
         self.A, self.capacity, self.generator, self.which = A, capacity, generator, which
         self.V = torch.zeros(capacity, A.n, dtype=A.dtype, device=A.device)  # rows, those from ``size`` on zero
         self.H, self.norms = self.V.new_zeros(capacity, capacity), self.V.new_zeros(capacity, 2)  # of each row's step
+        self.v = self.V.new_zeros(A.n)
         self.size = self.locked = self.products = 0
         self.rows = 0  # that a step looks at: those in use, all of them where it is replayed
         self.next = torch.zeros(1, dtype=torch.int64, device=A.device)  # the row that comes next, counted by the GPU
@@ -154,8 +155,7 @@ class _Basis:
                 self.A.n, generator=self.generator, device=self.generator.device, dtype=self.A.dtype
             ).to(self.A.device)
         start = start / start.abs().max()
-        v = self._orthonormalise(start / torch.linalg.vector_norm(start))[0]
-        self.v = self.v.copy_(v) if hasattr(self, "v") else v
+        self.v.copy_(self._orthonormalise(start / torch.linalg.vector_norm(start))[0])
 
     def expand(self, steps: int) -> None:
         """So many Lanczos steps, without looking at a number."""
