@@ -21,7 +21,7 @@ from benchmarks.floors import matmul_rate
 from benchmarks.problems import Setting, softmax, solved, synthetic_cleaning
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.linalg import LinearOperator, cg, own_stream
+from torch_bilevel.linalg import CholeskyFactor, LinearOperator, cg, own_stream
 from torch_bilevel.linalg.replay import Replay
 from torch_bilevel.lower import LowerSystems
 
@@ -86,6 +86,10 @@ def products(setting: Setting, args) -> dict:
         H = outputs.dense_yy()
         runs["g_yy from the outputs"] = (outputs.dense_yy, dense)
         runs["its Cholesky factor"] = (lambda: torch.linalg.cholesky_ex(H), gpu.dy**3 / 3 / rate)
+        factor = CholeskyFactor(H)
+        inverse = factor.preconditioner()
+        runs["two triangular solves"] = (lambda: factor.solve(v), gpu.dy**2 * size / speed)
+        runs["a product with its inverse"] = (lambda: inverse(v), gpu.dy**2 * size / speed)
     times = interleaved({name: run for name, (run, _) in runs.items()}, args.repeats, warmup=3, max_seconds=args.max_seconds)
     rows = []
     for name, spread in times.items():

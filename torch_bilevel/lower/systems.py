@@ -48,8 +48,9 @@ class LowerSystems:
 
     'auto' is CG with what ``KeptFactor`` keeps as its preconditioner: for dy <= 2000 a Cholesky factor, which also
     solves exactly at the point where it was made; above that a Nystrom sketch and, for dy <= 12,000, a Cholesky factor,
-    each made, or made anew, once the iterations it could have saved have cost as much. CG is reorthogonalised in
-    float32 while its memory is moderate.
+    each made, or made anew, once the iterations it could have saved have cost as much. Until then the Ritz vectors of a
+    solve serve the next ones, where the learner's outputs give no blocks. CG is reorthogonalised in float32, and in
+    float64 where it is to leave Ritz vectors, for up to a million numbers (up to 1 GB of residuals).
 
     Args:
         solver: 'auto', 'cg', 'minres', 'cholesky' (a factor at every point) or 'chebyshev' (the published expansion
