@@ -263,18 +263,36 @@ def test_the_first_diagonal_direction_moves_small_gradients_too():
 
 
 @pytest.mark.parametrize("scaling", ["scalar", "diagonal"])
-def test_a_first_length_of_a_diagonally_scaled_direction_is_within_reach(scaling, monkeypatch):
-    """Nothing moves by more than 4 max(1, |x|_inf) at first, however far the pairs would send it."""
-    run = tb.make_method("lbfgs", {"scaling": scaling}).start(quadratic().problem())
-    run.step()
-    run.pairs = [(1e4 * s, y) for s, y in run.pairs]
-    moves = []
+def test_an_inverse_hessian_does_not_depend_on_how_long_its_steps_were(scaling):
+    gen = torch.Generator().manual_seed(3)
+    s = torch.randn(3, 5, generator=gen, dtype=torch.float64)
+    pairs, g = [(v, torch.logspace(-1, 1, 5, dtype=torch.float64) * v + 0.1 * v.flip(0)) for v in s], s[0] - s[1]
+    longer = [(c * u, c * y) for c, (u, y) in zip((1e3, 1.0, 1e-3), pairs)]
+    found = inverse_product(g, pairs, None, scaling)
+    torch.testing.assert_close(inverse_product(g, longer, None, scaling), found)
 
-    def search(attempt, value, slope, first, noise):
-        moves.append(first * float(inverse_product(run.current().gradient, run.pairs, None, scaling).abs().max()))
-        return None
 
-    monkeypatch.setattr(lbfgs, "strong_wolfe", search)
-    reach = 4 * max(1.0, float(run.x.abs().max()))
-    run.step()
-    assert moves[0] == pytest.approx(reach) if scaling == "diagonal" else moves[0] > 10 * reach
+@pytest.mark.parametrize("scaling", ["scalar", "diagonal"])
+def test_a_component_sent_far_is_cut_and_the_others_go_their_way(scaling, monkeypatch):
+    """Nothing but it is shortened to 4 max(1, |x|_inf), as long as it has less than half of the slope."""
+
+    def searched(gradient, direction):
+        run = tb.make_method("lbfgs", {"scaling": scaling}).start(quadratic().problem())
+        run.step()
+        run.evaluation.gradient.copy_(gradient)
+        found = []
+        monkeypatch.setattr(lbfgs, "inverse_product", lambda *_: -direction)
+        monkeypatch.setattr(run, "_search", lambda ev, direction, slope: found.append(direction))
+        run.step()
+        monkeypatch.undo()
+        return found[0], 4 * max(1.0, float(run.x.abs().max()))
+
+    gradient = torch.tensor([1.0, 2.0, -1.0, 1e-6], dtype=torch.float64)
+    near = torch.tensor([-0.5, -1.0, 1.0, -0.5], dtype=torch.float64)
+    assert torch.equal(searched(gradient, near)[0], near)
+    far = torch.tensor([-0.5, -1.0, 1.0, -1e4], dtype=torch.float64)
+    found, reach = searched(gradient, far)
+    assert torch.equal(found, far.clamp_min(-reach) if scaling == "diagonal" else far)
+    gradient[3] = 1.0  # nearly all of the slope is its
+    found, reach = searched(gradient, far)
+    torch.testing.assert_close(found, far * (reach / 1e4) if scaling == "diagonal" else far)

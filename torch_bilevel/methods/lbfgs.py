@@ -18,7 +18,7 @@ from .line_search import Trial, strong_wolfe
 from .registry import register
 from .second_order import oracle_options
 
-#: first length of a diagonally scaled direction: its largest move over the largest hyperparameter, or over 1
+#: a component of a diagonally scaled direction goes so many times as far as the largest hyperparameter, or as 1, at most
 REACH = 4.0
 #: share of the value that the first step along a gradient foresees as its decrease
 FORESEEN = 0.1
@@ -61,6 +61,8 @@ class LBFGSRun(Run):
         found = None
         while found is None:
             direction = -inverse_product(gradient, self.pairs, free, self.method.scaling)
+            if self.pairs and self.method.scaling == "diagonal":
+                direction = self._within_reach(direction, gradient)
             slope = float(torch.dot(gradient, direction))
             if slope < 0:
                 found = self._search(ev, direction, slope)
@@ -83,10 +85,16 @@ class LBFGSRun(Run):
         tol = self.oracle.lower_tol if self.oracle.lower_tol is not None else tolerance_of_step(self.x.dtype)
         noise = 10 * tol * abs(value) + ev.value_bound  # of values at lower solutions that are good to tol
         first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction, slope))
-        if self.pairs and self.method.scaling == "diagonal":  # which may send single components far
-            largest, reach = torch.stack([direction.abs().max(), self.x.abs().max()]).tolist()
-            first = min(first, REACH * max(1.0, reach) / largest)
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
+
+    def _within_reach(self, direction: Tensor, gradient: Tensor) -> Tensor:
+        """A diagonal scaling may send single components far, where they do nothing: these alone are cut, so that they do
+        not shorten the others' way; the whole direction where most of the slope is theirs."""
+        reach = REACH * self.x.abs().max().clamp_min(1.0)
+        cut = direction.clamp(-reach, reach)
+        if torch.dot(gradient, cut) < 0.5 * torch.dot(gradient, direction):
+            return cut
+        return direction * (reach / direction.abs().max()).clamp_max(1.0)
 
     def _first_length(self, value: float, direction: Tensor, slope: float) -> float:
         """A first length where nothing is known of curvature, whatever the scales of value and x.
@@ -161,10 +169,12 @@ def _levelled(gradient: Tensor) -> Tensor:
 def _diagonal(pairs: list[tuple[Tensor, Tensor]], scalar: Tensor) -> Tensor:
     """Per component the root mean square of s over that of y, brought to the mean curvature of the last pair.
 
-    Where a hyperparameter's gradient changes little as it moves, it may move further. Within ten times the scalar.
+    Where a hyperparameter's gradient changes little as it moves, it may move further. Within ten times the scalar. Pairs are
+    weighed by 1 / s'y, which gives short steps near the end the say that the long ones had at first.
     """
-    _, y = pairs[-1]
-    moved, changed = (torch.stack([pair[i] for pair in pairs]).square().sum(0) for i in (0, 1))
+    y, (steps, changes) = pairs[-1][1], map(torch.stack, zip(*pairs))
+    weights = 1 / (steps * changes).sum(1, keepdim=True)
+    moved, changed = (weights * steps.square()).sum(0), (weights * changes.square()).sum(0)
     ratio = (moved / changed.clamp_min(torch.finfo(y.dtype).tiny)).sqrt()
     mean = torch.dot(y, ratio * y) / torch.dot(y, y)
     return (ratio * (scalar / mean)).clamp(scalar / SPREAD, scalar * SPREAD)
@@ -184,8 +194,9 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, scaling: str = "scalar", **oracl
             off the value and moves no hyperparameter by more than max(1, |x|_inf).
         memory: pairs kept, default 10.
         scaling: initial inverse Hessian of the recursion: 'scalar', s'y / y'y of the last pair (default, as in the book), or
-            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, within ten times the scalar, and
-            a first direction g_i / sqrt|g_i|; a first length then moves nothing by more than 4 max(1, |x|_inf).
+            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, each weighed by 1 / s'y, within
+            ten times the scalar, and a first direction g_i / sqrt|g_i|; no component of a later direction is then longer
+            than 4 max(1, |x|_inf).
         oracle: options of ImplicitOracle.
 
     Cost of a step: one evaluation per trial length, mostly one.
