@@ -168,21 +168,22 @@ def test_lower_solvers_without_a_tolerance_are_refused(lower):
         ImplicitOracle(one_by_one().problem(), lower=lower, accuracy=0.1)
 
 
-def test_auto_is_on_demand_where_systems_are_iterated(monkeypatch):
+def test_auto_is_on_demand_where_that_pays_and_can_be(monkeypatch):
     def theta(**options):
         accuracy = ImplicitOracle(one_by_one().problem(), accuracy="auto", **options).accuracy
         return None if accuracy is None else accuracy.theta
 
-    assert theta() is None  # a factor
-    assert theta(solver="cholesky") is None
-    assert theta(solver="cg") == 0.1
-    assert theta(solver="cg", lower="external") is None
-    assert theta(solver="cg", lower={"name": "agd", "steps": 5}) is None
-    monkeypatch.setattr("torch_bilevel.oracles.implicit.is_exact", lambda n: False)
-    assert theta() == 0.1
+    assert theta() is None  # few learner parameters
+    monkeypatch.setattr("torch_bilevel.oracles.implicit.FEW", 0)
+    assert theta() == theta(solver="cg") == theta(lower="agd") == 0.1
+    assert theta(lower="external") is None
+    assert theta(lower={"name": "agd", "steps": 5}) is None
     run = tb.methods.make_method("auto", {}).start(one_by_one().problem())
     assert run.oracle.accuracy.theta == 0.1
     assert tb.methods.make_method("auto", {"accuracy": None}).start(one_by_one().problem()).oracle.accuracy is None
+    assert tb.methods.make_method("lbfgs", {}).start(one_by_one().problem()).oracle.accuracy is None
+    monkeypatch.setattr("torch_bilevel.oracles.implicit.has_third_derivatives", lambda problem: False)
+    assert theta() is None
 
 
 def test_it_is_for_bilevel_problems():

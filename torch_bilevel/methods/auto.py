@@ -310,7 +310,7 @@ def AUTO(
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.
         oracle: options of the problem's exact oracle (ImplicitOracle; MinimaxOracle for a minimax problem). Its
-            ``accuracy`` is 'auto' here: where systems are iterated (dy > 2000), gradients good to a tenth until the end.
+            ``accuracy`` is 'auto' here: where dy > 100, gradients good to a tenth until the end.
 
     References: Liu and Nocedal 1989; Cartis, Gould, Toint 2011; Doikov, Chayti, Jaggi 2023. The switch is ours.
     """

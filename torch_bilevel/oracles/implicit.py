@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
-from ..doctor import refuse_third_derivatives
+from ..doctor import has_third_derivatives, refuse_third_derivatives
 from ..lower import LowerSystems
-from ..lower.kept import is_exact
 from ..problem import BilevelProblem
 from .accuracy import LOOSE, TIGHT, Accuracy, Goal
 from .evaluation import (
@@ -25,8 +24,8 @@ from .evaluation import (
 )
 from .hessian import HyperHessian, dense_price
 
-#: what accuracy='auto' takes where evaluations are iterated to a tolerance
-ON_DEMAND = 0.1
+#: what accuracy='auto' takes, and the learner parameters above which its estimates cost less than it saves
+ON_DEMAND, FEW = 0.1, 100
 
 
 @final
@@ -42,7 +41,8 @@ class ImplicitOracle(HyperOracle):
         relative error allowed in the gradient, in (0, 1), say 0.1: lower level and adjoint system are then solved only
         as well as that needs, ``evaluation.gradient_bound`` bounds it to first order (see ``Accuracy``) and the value
         is L, whose error is of second order. None (default): always to ``lower_tol`` and ``linear_tol``. 'auto' (the
-        default of method ``auto``): 0.1 where systems are iterated (dy > 2000, or solver 'cg' or 'minres'), else None.
+        default of method ``auto``): 0.1 where dy > 100, the lower solver iterates to a tolerance and third derivatives
+        are right; else None.
 
     Raises:
         UnsupportedLayerError, on first use of ``hessian`` (with ``accuracy``: of ``evaluate``): a layer whose third
@@ -69,9 +69,8 @@ class ImplicitOracle(HyperOracle):
         super().__init__(problem, **options)
         self.hessian_tol = hessian_tol
         if accuracy == "auto":
-            solver = self.systems.solver
-            iterated = solver in ("cg", "minres") or solver == "auto" and not is_exact(problem.dy)
-            accuracy = ON_DEMAND if iterated and Accuracy.suits(self.lower_solver) else None
+            able = problem.dy > FEW and Accuracy.suits(self.lower_solver) and has_third_derivatives(problem)
+            accuracy = ON_DEMAND if able else None
         self.accuracy = None if accuracy is None else Accuracy(accuracy, self.lower_solver)
 
     def evaluate(self, x: Tensor | None = None) -> Evaluation:
