@@ -169,10 +169,17 @@ class HyperHessian(LinearOperator):
         to_x, to_y = (torch.cat(part, dim=1) for part in zip(*parts))
         q_xy, q_yy = to_x[:, :dy], to_y[:, :dy]
         W = self._solved(self.lo, lo_yx)
-        P = W if self.hi is self.lo else self._solved(self.hi, hi_yx)
-        H = q_xy @ W + P.mT @ torch.addmm(q_xy.mT, q_yy, W)
-        H += self._upper_left(v, to_x[:, dy:])
-        return (H + H.mT).mul_(0.5)
+        q_xx = self._upper_left(v, to_x[:, dy:])
+        if self.hi is self.lo:
+            H = W.mT @ torch.addmm(q_xy.mT, q_yy, W, alpha=0.5)
+            H = H + H.mT
+        else:
+            H = q_xy @ W + self._solved(self.hi, hi_yx).mT @ torch.addmm(q_xy.mT, q_yy, W)
+            H = (H + H.mT).mul_(0.5)
+        if q_xx.dim() == 1:
+            H.diagonal().add_(q_xx)
+            return H
+        return H.add_(q_xx + q_xx.mT, alpha=0.5)
 
     def _cross(self, at: Linearisation, dy: int, factored: bool) -> Tensor:
         """h_yx (dy, dx); the products that give it give h_yy as well, which is factored where wanted."""
@@ -187,7 +194,7 @@ class HyperHessian(LinearOperator):
         return require_solution(self.systems.solve(at, -b, tol=self.tol), "hyper-Hessian")
 
     def _upper_left(self, v: Tensor, probe: Tensor) -> Tensor:
-        """Q_xx (dx, dx): a diagonal d is found by d = Q_xx 1 and believed if Q_xx v = d v for two random v.
+        """Q_xx (dx, dx) or its diagonal (dx,): d is found by d = Q_xx 1 and believed if Q_xx v = d v for two random v.
 
         Args:
             v: (dx, 2). probe: Q_xx [1, v], (dx, 3).
@@ -196,7 +203,7 @@ class HyperHessian(LinearOperator):
         # a matrix with an entry off the diagonal passes with probability 0, up to rounding
         rounding = 100 * torch.finfo(self.dtype).eps * (diagonal.abs() * v.abs() + probe[:, 1:].abs().amax(0))
         if bool(((probe[:, 1:] - diagonal * v).abs() <= rounding).all()):
-            return torch.diag(diagonal[:, 0])
+            return diagonal[:, 0]
         return self._all_of_xx()
 
     def _all_of_xx(self) -> Tensor:
