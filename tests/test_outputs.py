@@ -15,7 +15,7 @@ from torch_bilevel.linalg import LinearOperator, cg
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.methods import model
 from torch_bilevel.oracles import hessian
-from torch_bilevel.outputs import OutputHessian, calls
+from torch_bilevel.outputs import OutputHessian, calls, prices
 from torch_bilevel.outputs import hessian as output_hessian
 
 D = torch.float64
@@ -125,9 +125,13 @@ def found(at):
     return OutputHessian.of(at, made) if made else None
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_blocks_are_those_of_the_reference(name, monkeypatch):
+def test_blocks_are_those_of_the_reference(name, wide, monkeypatch):
+    """In one piece, and in bands as where the inputs have many features."""
     g, dx, dy, own = LOSSES[name]
+    if wide:
+        monkeypatch.setattr(prices, "WIDE", 1)
     monkeypatch.setattr(calls, "PROBES", -100)  # as if they always paid
     at = recorded(problem(g, dx, dy), lower=1.0)
     o = found(at)
@@ -142,6 +146,17 @@ def test_blocks_are_those_of_the_reference(name, monkeypatch):
         torch.testing.assert_close(o.dense_yx(), yx, rtol=1e-11, atol=1e-12)
     if o.xx is not None:
         torch.testing.assert_close(torch.diag(o.xx), xx, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 2, 127, 128, 785])
+def test_bands_cover_a_symmetric_block_from_its_diagonal_on(d):
+    cuts = prices.band_cuts(d)
+    formed = torch.zeros(d, d, dtype=torch.int)
+    for a, b in zip(cuts, cuts[1:]):
+        formed[a:b, a:] += 1
+    assert int(formed.max()) == 1
+    assert bool((formed + formed.T > 0).all())
+    assert int(formed.sum()) == prices.banded(d) <= (d * d if d < 128 else 0.68 * d * d)
 
 
 @pytest.mark.parametrize("columns", [1, 100])

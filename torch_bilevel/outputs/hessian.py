@@ -11,7 +11,7 @@ from torch import Tensor
 from ..folding import is_thin, turn_over
 from .blocks import BlockPreconditioner
 from .calls import LinearCall, Watch
-from .prices import times_multiplications
+from .prices import band_cuts, times_multiplications
 
 if TYPE_CHECKING:
     from ..derivatives import Linearisation
@@ -81,7 +81,8 @@ class OutputHessian:
         return u.new_zeros(len(self.diagonal)).index_add(0, call.index.reshape(-1), (call.X.mT @ (C * u[:, None])).reshape(-1))
 
     def dense_yy(self) -> Tensor:
-        """(dy, dy). Cost: sum over the calls of n d^2 K (K + 1) / 2 multiplications; memory: n d K numbers beside it."""
+        """(dy, dy). Cost: sum over the calls of n d^2 K (K + 1) / 2 multiplications, two thirds of that where d >= 128; memory:
+        n d K numbers beside it."""
         dy, rest = len(self.diagonal), list(zip(self.calls, self.blocks))
         H = torch.diag(self.diagonal)
         while rest:
@@ -156,12 +157,23 @@ def output_blocks(
 
 
 def _add_pairs(G: Tensor, group: list[tuple[Tensor, Tensor]], d: int, K: int) -> Tensor:
-    """G + sum of X' diag(B_kl) X over the (X, B) of the group, at rows k d and columns l d of G (K d, K d); in place."""
+    """G + sum of X' diag(B_kl) X over the (X, B) of the group, at rows k d and columns l d of G (K d, K d); in place.
+
+    Each block is symmetric, like the whole: bands of its rows are formed from the diagonal on, the rest is a copy.
+    """
+    cuts = band_cuts(d)
+    bands, step = list(zip(cuts, cuts[1:])), K if len(cuts) == 2 else 1
     for k in range(K):
+        for start in range(k, K, step):
+            stop = min(K, start + step)
+            for X, B in group:
+                scaled = (B[:, k, start:stop, None] * X[:, None, :]).view(len(X), -1)
+                for a, b in bands:
+                    G[k * d + a : k * d + b, start * d + a : stop * d].addmm_(X[:, a:b].mT, scaled[:, a:])
+            for a, b in bands[:-1]:
+                G[k * d + b : (k + 1) * d, start * d + a : start * d + b] = G[k * d + a : k * d + b, start * d + b : stop * d].mT
         here = slice(k * d, (k + 1) * d)
-        for X, B in group:
-            G[here, k * d :].addmm_(X.mT, (B[:, k, k:, None] * X[:, None, :]).view(len(X), -1))
-        G[(k + 1) * d :, here] += G[here, (k + 1) * d :].mT
+        G[(k + 1) * d :, here] = G[here, (k + 1) * d :].mT
     return G
 
 

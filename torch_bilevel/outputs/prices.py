@@ -10,6 +10,8 @@ from .calls import PROBES, LinearCall
 GEMM = {"cpu": 0.4, "cuda": 0.15}
 #: multiplications of a product with a vector that take as long as the calls it is made of
 LEAST = {"cpu": 1_000_000, "cuda": 400_000_000}
+#: bands of rows of a symmetric block X' D X, from so many columns of X on
+BANDS, WIDE = 3, 128
 
 
 def in_products(calls: list[LinearCall], multiplications: float) -> float:
@@ -35,7 +37,19 @@ def one_product(calls: list[LinearCall]) -> float:
 def dense_multiplications(calls: list[LinearCall]) -> float:
     """Of h_yy."""
     sizes = [(len(c.X), *c.index.shape) for c in calls]
-    return sum(n * d * d * K * (K + 1) / 2 for n, d, K in sizes)
+    return sum(n * banded(d) * K * (K + 1) / 2 for n, d, K in sizes)
+
+
+def band_cuts(d: int) -> list[int]:
+    """Where the bands of a symmetric (d, d) block begin, and d."""
+    bands = BANDS if d >= WIDE else 1
+    return [round(i * d / bands) for i in range(bands + 1)]
+
+
+def banded(d: int) -> int:
+    """Entries of the block that are formed: each band from its diagonal on."""
+    cuts = band_cuts(d)
+    return sum((b - a) * (d - a) for a, b in zip(cuts, cuts[1:]))
 
 
 def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tuple[float, bool]:
