@@ -186,6 +186,29 @@ def test_auto_is_on_demand_where_that_pays_and_can_be(monkeypatch):
     assert theta() is None
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_values_stay_true_after_the_first_far_steps(seed, recorded):
+    """An L2 weight that a first step takes down by five to nine: the lower level is another one, the norms are of the old.
+
+    Without the least reduction of a lower solve and the early second estimate the third value was 2e-2 off (seed 2).
+    """
+    gen, n, d = torch.Generator().manual_seed(seed), 60, 120
+    X = torch.randn(2 * n, d, generator=gen, dtype=torch.float64) / d**0.5 * torch.arange(1, d + 1) ** -0.5
+    w = 3 * torch.randn(d, generator=gen, dtype=torch.float64)
+    labels = (X @ w + 0.05 * torch.randn(2 * n, generator=gen, dtype=torch.float64) > 0).double()
+    ce = torch.nn.functional.binary_cross_entropy_with_logits
+    problem = tb.BilevelProblem.from_functions(
+        lambda x, y: ce(X[n:] @ y, labels[n:]),
+        lambda x, y: ce(X[:n] @ y, labels[:n]) + x.exp().sum() * (y * y).sum(),
+        torch.full((1,), -5.0, dtype=torch.float64), torch.zeros(d, dtype=torch.float64),
+    )  # fmt: skip
+    tb.minimize(problem, "lbfgs", accuracy=0.1, max_steps=8, bounds=(-14.0, 2.0))
+    seen, exact = list(recorded), ImplicitOracle(problem)
+    assert max(float(ev.x.abs().max()) for ev in seen) > 9
+    for ev in seen:
+        assert abs(float(ev.value - exact.evaluate(ev.x).value)) < 1e-5
+
+
 def test_it_is_for_bilevel_problems():
     one = torch.ones(1, dtype=torch.float64)
     problem = tb.MinimaxProblem.from_functions(lambda x, y: (x * y - y**2 / 2).sum(), 3 * one, 0 * one)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..derivatives import Linearisation, Objective
 from ..errors import ConfigError
-from .solver import LowerResult, LowerSolver, LowerStatus
+from .solver import REDUCTION, LowerResult, LowerSolver, LowerStatus
 from .systems import LowerSystems, tolerance_of_step
 
 
@@ -46,7 +46,8 @@ class _Gradient(LowerSolver):
         tol = tol if tol is not None else self.tol if self.tol is not None else tolerance_of_step(y0.dtype)
         if residual > 0:
             gradient = objective.gradient(x, y0, "y")[2]
-            if float(torch.linalg.vector_norm(gradient)) <= residual:
+            residual = min(residual, REDUCTION * float(torch.linalg.vector_norm(gradient)))
+            if residual == 0.0:
                 return self._end(y0, gradient, None, LowerStatus.CONVERGED, 0)
         fixed = self.step is not None
         step = self.step if fixed else 1.0 / lipschitz_estimate(objective.linearise(x, y0, "y"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..derivatives import Objective
 from ..linalg import SolveStatus
 from .gradient import lipschitz_estimate
-from .solver import LowerResult, LowerSolver, LowerStatus
+from .solver import REDUCTION, LowerResult, LowerSolver, LowerStatus
 from .systems import LowerSystems, tolerance_of_step
 
 
@@ -49,6 +49,7 @@ class NewtonCG(LowerSolver):
         error: Tensor | None = None
         eta = self.forcing
         if residual > 0:
+            residual = min(residual, REDUCTION * float(norm))
             eta = max(eta, min(0.3, 0.5 * residual / max(float(norm), 1e-300)))
         for iteration in range(self.max_iterations + 1):
             result = LowerResult(y, norm, error, LowerStatus.MAX_ITERATIONS, iteration, at)

@@ -11,6 +11,10 @@ from torch import Tensor
 from ..derivatives import Linearisation, Objective
 from .systems import LowerSystems
 
+#: share of |h_y| at the start that a solve to a given residual leaves at most: an answer that has hardly moved tells nothing
+#: of h at a new x, however small the residual that would have done
+REDUCTION = 1e-2
+
 
 class LowerStatus(enum.Enum):
     """How a lower solve ended."""
@@ -70,7 +74,8 @@ class LowerSolver(ABC):
             or does a set amount of work, as published first-order inner loops do.
         first_order: whether it takes many gradients where one linear solve would bring the start near; Newton-CG's
             first step is that solve.
-        takes_residual: whether its ``solve`` has the option ``residual``: to end as soon as |h_y| is no larger.
+        takes_residual: whether its ``solve`` has the option ``residual``: to end as soon as |h_y| is no larger than that, and
+            than ``REDUCTION`` of what it was at y0.
     """
 
     reaches_tolerance: bool = True

@@ -18,10 +18,10 @@ from .evaluation import Evaluation, HyperOracle, require_solution
 
 #: the norms come from power iterations, which approach them from below: the factor by which they are raised, the
 #: evaluations that an estimate serves at first (each serves twice as many, up to LASTS), relative residual of its solves
-SAFETY, SERVES, LASTS, ROUGH = 2.0, 2, 20, 0.1
+SAFETY, SERVES, LASTS, ROUGH = 2.0, 1, 20, 0.1
 #: share of the allowed error that a solve aims at, and evaluations of one point before the tolerances are the default
 AIM, ROUNDS = 0.5, 3
-#: relative residual of a first lower solve and of any adjoint solve at most
+#: relative residual of any adjoint solve at most; lower solves leave ``REDUCTION`` of what they start from, at most
 LOOSE = 1e-2
 
 
@@ -33,7 +33,7 @@ class Goal:
     adjoint: float
 
 
-TIGHT = Goal(0.0, 0.0)
+TIGHT, ANY = Goal(0.0, 0.0), Goal(math.inf, math.inf)
 
 
 class Accuracy:
@@ -78,13 +78,10 @@ class Accuracy:
     # -- evaluations ----------------------------------------------------------------------------------------------
 
     def evaluate(self, oracle: HyperOracle, solve: Callable[[Tensor, Tensor | None, Goal], Evaluation], x: Tensor,
-                 y: Tensor, v: Tensor | None, g: Objective) -> Evaluation:  # fmt: skip
+                 y: Tensor, v: Tensor | None) -> Evaluation:  # fmt: skip
         """The evaluation at x from (y, v), solved on and on until its bound holds or its tolerances are the default."""
         self.age += 1
-        goal = self.goal(self.size * self.trend)
-        if not self.norms:
-            gy = g.gradient(x, y, "y")[2]
-            goal = Goal(LOOSE * float(torch.linalg.vector_norm(gy)), math.inf)
+        goal = self.goal(self.size * self.trend) if self.norms else ANY
         for rounds in range(ROUNDS + 1):
             ev = solve(y, v, goal)
             size = float(oracle.stationarity(x, ev.gradient))

@@ -81,7 +81,7 @@ class ImplicitOracle(HyperOracle):
         if self.accuracy is None:
             evaluation = self._solve(g, x, self.start(), v)
         else:
-            evaluation = self.accuracy.evaluate(self, lambda *to: self._solve(g, x, *to), x, self.start(), v, g)
+            evaluation = self.accuracy.evaluate(self, lambda *to: self._solve(g, x, *to), x, self.start(), v)
         self.warm = {name: evaluation.points[name] for name in ("y", "v")}
         return evaluation
 
