@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ import torch_bilevel as tb
 from torch_bilevel import derivatives, folding
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.folding import FoldedProducts, fold_left, fold_right
+from torch_bilevel.folding import FoldedProducts, fold_left, fold_right, multiply
+from torch_bilevel.linalg.cholesky import solve_triangular
 
 
 def randn(*shape: int) -> Tensor:
@@ -60,3 +63,106 @@ def test_blocks_of_a_large_problem_are_folded_and_agree_with_single_products(dty
     torch.testing.assert_close(block, singles)
     torch.testing.assert_close(at.xy(V), torch.stack([at.xy(v) for v in V.unbind(1)], dim=1))
     assert set(folded) == {"fold_right", "fold_left"}  # X V and X' Z
+
+
+# -- by oneDNN -----------------------------------------------------------------------------------------------------
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+LAYOUTS = {
+    "rows": lambda t: t.contiguous(),
+    "columns": lambda t: t.mT.contiguous().mT,
+    "part of rows": lambda t: torch.cat([t.new_zeros(len(t), 3), t], dim=1)[:, 3:],
+    "part of columns": lambda t: torch.cat([t.new_zeros(3, t.shape[1]), t]).mT.contiguous().mT[3:],
+}
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Every float32 product on a CPU goes to oneDNN; the operands as they were given to it."""
+    if not HAS_ONEDNN:
+        pytest.skip("this PyTorch is built without oneDNN's linear layer")
+    monkeypatch.setattr(folding, "WORTH", 0)
+    monkeypatch.setattr(folding, "mkl_is_held_back", lambda: True)
+    given, original = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda a, b, *rest: given.append((a, b)) or original(a, b, *rest))
+    return given
+
+
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("shape", [(30, 20, 10), (10, 20, 30), (200, 20, 10), (1, 7, 5), (5, 7, 1), (3, 1, 4)])
+def test_products_by_onednn_are_right_in_every_layout_and_never_on_its_slow_path(shape, left, right, onednn):
+    n, k, m = shape
+    a, b = LAYOUTS[left](randn(n, k).float()), LAYOUTS[right](randn(k, m).float())
+    found = multiply(a, b)
+    torch.testing.assert_close(found, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous()
+    assert len(onednn) == 1
+    weight = onednn[0][1]
+    assert weight.is_contiguous() or weight.mT.is_contiguous()
+
+
+def test_what_is_not_for_onednn_is_multiplied_by_torch(onednn, monkeypatch):
+    for a, b in ((randn(6, 5), randn(5, 4)), (randn(6, 5).float(), randn(5, 4).to(torch.bfloat16).float())):
+        torch.testing.assert_close(multiply(a, b), a @ b)
+    assert len(onednn) == 1  # not the float64 one
+    torch.testing.assert_close(multiply(a.to_sparse_csr(), b), a @ b)
+    with torch.backends.mkldnn.flags(enabled=False):
+        multiply(a, b)
+    monkeypatch.setattr(folding, "WORTH", 1_000_000)
+    multiply(a, b)
+    monkeypatch.setattr(folding, "WORTH", 0)
+    monkeypatch.setattr(folding, "mkl_is_held_back", lambda: False)
+    multiply(a, b)
+    assert len(onednn) == 1
+
+
+@pytest.mark.parametrize(("system", "made", "capability", "expected"), [
+    ("Linux", "vendor_id : AuthenticAMD", "AVX512", True), ("Linux", "vendor_id : GenuineIntel", "AVX512", False),
+    ("Linux", "vendor_id : AuthenticAMD", "AVX2", False), ("Windows", "AMD64 Family 26, AuthenticAMD", "AVX512", True),
+])  # fmt: skip
+def test_mkl_is_held_back_on_other_makers_avx512(system, made, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(folding.platform, "system", lambda: system)
+    monkeypatch.setattr(folding.platform, "processor", lambda: made)
+    monkeypatch.setattr(folding.Path, "read_text", lambda self, encoding: made)
+    assert folding.mkl_is_held_back.__wrapped__() == (expected and HAS_ONEDNN)
+
+
+def test_a_missing_operation_leaves_products_to_mkl(monkeypatch):
+    def missing(a, b):
+        raise AttributeError("no such operation")
+
+    monkeypatch.setattr(folding, "_onednn", missing)
+    assert folding.mkl_is_held_back.__wrapped__() is False
+
+
+def test_recorded_products_of_a_large_problem_go_to_onednn(onednn, monkeypatch):
+    monkeypatch.setattr(derivatives, "SMALL", 0)
+    X, t = randn(30, 6).float(), torch.arange(30) % 3
+
+    def lower(learner, hyper, batch):
+        return (hyper.sigmoid() * torch.nn.functional.cross_entropy(learner(X), t, reduction="none")).mean()
+
+    def upper(learner, hyper, batch):
+        return torch.nn.functional.cross_entropy(learner(X), t)
+
+    problem = tb.BilevelProblem(torch.nn.Linear(6, 3), torch.zeros(30), lower, upper, (X, t), (X, t))
+    at, v = Objective(problem, lower=1.0, counts=OracleCounts()).linearise(problem.x, problem.y), randn(problem.dy).float()
+    before, fast = len(onednn), at.yy(v)
+    assert len(onednn) > before
+    monkeypatch.setattr(folding, "mkl_is_held_back", lambda: False)
+    torch.testing.assert_close(fast, at.yy(v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 9])
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_triangular_systems_by_halves(layout, upper, columns, onednn, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch_bilevel.linalg.cholesky"], "BLOCK", 8)
+    T = 0.1 * randn(37, 37).float() + 3 * torch.eye(37)
+    T, B = LAYOUTS[layout](T.triu() if upper else T.tril()), randn(37, columns).float()
+    found = solve_triangular(T, B, upper=upper)
+    torch.testing.assert_close(found, torch.linalg.solve_triangular(T, B, upper=upper), rtol=1e-5, atol=1e-6)
+    assert onednn

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..folding import is_for_onednn, multiply
 from .operator import LinearOperator, as_operator
 from .preconditioner import Preconditioner
 from .solution import SolveStatus
 
 #: Up to this size a failed factorisation also answers with the smallest eigenvalue.
 MAX_EIGENVALUE_SIZE = 2000
+#: rows of a triangular system that LAPACK solves in one piece
+BLOCK = 512
 
 
 class CholeskyFactor:
@@ -101,8 +104,7 @@ class CholeskyFactor:
         if B.shape[0] != self.n or B.ndim not in (1, 2):
             raise ValueError(f"B: expected ({self.n},) or ({self.n}, k), got {tuple(B.shape)}.")
         X = B.unsqueeze(1) if B.ndim == 1 else B
-        X = torch.linalg.solve_triangular(self.L, X, upper=False)
-        X = torch.linalg.solve_triangular(self.L.mT, X, upper=True)
+        X = solve_triangular(self.L.mT, solve_triangular(self.L, X, upper=False), upper=True)
         return X.squeeze(1) if B.ndim == 1 else X
 
     __call__ = solve
@@ -118,6 +120,20 @@ class CholeskyFactor:
         if self._inverse is None:
             self._inverse = torch.cholesky_inverse(self.L)
         return self._inverse.__matmul__
+
+
+def solve_triangular(T: Tensor, B: Tensor, *, upper: bool) -> Tensor:
+    """T^{-1} B, by halves where ``multiply`` is the faster: (n, n), (n, k) -> (n, k)."""
+    n = len(T)
+    if n <= BLOCK or not is_for_onednn(T[:BLOCK, :BLOCK], B[:BLOCK]):
+        return torch.linalg.solve_triangular(T, B, upper=upper)
+    X = torch.empty_like(B, memory_format=torch.contiguous_format)
+    first, second = slice(0, n // 2), slice(n // 2, n)
+    if upper:
+        first, second = second, first
+    X[first] = solve_triangular(T[first, first], B[first], upper=upper)
+    X[second] = solve_triangular(T[second, second], B[second] - multiply(T[second, first], X[first]), upper=upper)
+    return X
 
 
 def cholesky(A: LinearOperator | Tensor) -> CholeskyFactor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
+from ..folding import multiply
 from ..linalg import LinearOperator
 from ..lower import LowerSystems
 from ..lower.kept import BLOCK_DISCOUNT
@@ -133,10 +134,10 @@ class HyperHessian(LinearOperator):
         Q_yx = sum(weight * self._dense_yx(at) for weight, at in self.terms)
         Q_yy_W = sum(weight * at.outputs.times(W) for weight, at in self.terms)
         if P_t is W:
-            H = Q_yx.add_(Q_yy_W, alpha=0.5).mT @ W
+            H = multiply(Q_yx.add_(Q_yy_W, alpha=0.5).mT, W)
             H = H + H.mT
         else:
-            H = Q_yx.mT @ W + P_t.mT @ Q_yy_W.add_(Q_yx)
+            H = multiply(Q_yx.mT, W) + multiply(P_t.mT, Q_yy_W.add_(Q_yx))
             H = (H + H.mT).mul_(0.5)
         if any(at.outputs.xx is None for _, at in self.terms):
             Q_xx = self._all_of_xx()
@@ -171,10 +172,10 @@ class HyperHessian(LinearOperator):
         W = self._solved(self.lo, lo_yx)
         q_xx = self._upper_left(v, to_x[:, dy:])
         if self.hi is self.lo:
-            H = W.mT @ torch.addmm(q_xy.mT, q_yy, W, alpha=0.5)
+            H = multiply(W.mT, torch.add(q_xy.mT, multiply(q_yy, W), alpha=0.5))
             H = H + H.mT
         else:
-            H = q_xy @ W + self._solved(self.hi, hi_yx).mT @ torch.addmm(q_xy.mT, q_yy, W)
+            H = multiply(q_xy, W) + multiply(self._solved(self.hi, hi_yx).mT, q_xy.mT + multiply(q_yy, W))
             H = (H + H.mT).mul_(0.5)
         if q_xx.dim() == 1:
             H.diagonal().add_(q_xx)

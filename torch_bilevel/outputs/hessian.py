@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..folding import is_thin, turn_over
+from ..folding import multiply
 from .blocks import BlockPreconditioner
 from .calls import LinearCall, Watch
 from .prices import band_cuts, times_multiplications
@@ -70,8 +70,8 @@ class OutputHessian:
         out = self.diagonal[:, None] * V
         for call, B in zip(self.calls, self.blocks):
             X, entries = call.X, call.index.reshape(-1)
-            Z = _product(X, V[entries].view(X.shape[1], -1)).view(len(X), B.shape[1], -1)
-            back = _product(X.mT, torch.bmm(B, Z).view(len(X), -1))
+            Z = multiply(X, V[entries].view(X.shape[1], -1)).view(len(X), B.shape[1], -1)
+            back = multiply(X.mT, torch.bmm(B, Z).view(len(X), -1))
             out.index_add_(0, entries, back.view(len(entries), -1))
         return out.view(v.shape)
 
@@ -101,7 +101,7 @@ class OutputHessian:
     def times(self, W: Tensor) -> Tensor:
         """h_yy W for (dy, k) with many columns: by the matrix where that is cheaper, else by blocks of products."""
         if times_multiplications(self.calls, *W.shape)[1]:
-            return self.dense_yy() @ W
+            return multiply(self.dense_yy(), W)
         step = max(1, COLUMN_NUMBERS // max(len(c.X) * c.index.shape[1] for c in self.calls))
         return torch.cat([self.yy(block) for block in W.split(step, dim=1)], dim=1)
 
@@ -114,7 +114,7 @@ class OutputHessian:
         for call, B in zip(self.calls, self.blocks):
             weights = torch.einsum("nkl,ka,la->na", B, U, U)
             for k in range(len(blocks)):
-                blocks[k].addmm_(call.X.mT, weights[:, k, None] * call.X)
+                blocks[k] += multiply(call.X.mT, weights[:, k, None] * call.X)
         return BlockPreconditioner(blocks, U, index, diagonal)
 
     def dense_yx(self) -> Tensor:
@@ -163,13 +163,14 @@ def _add_pairs(G: Tensor, group: list[tuple[Tensor, Tensor]], d: int, K: int) ->
     """
     cuts = band_cuts(d)
     bands, step = list(zip(cuts, cuts[1:])), K if len(cuts) == 2 else 1
+    group = [(X.mT.contiguous(), B.permute(1, 2, 0).contiguous()) for X, B in group]
     for k in range(K):
         for start in range(k, K, step):
             stop = min(K, start + step)
-            for X, B in group:
-                scaled = (B[:, k, start:stop, None] * X[:, None, :]).view(len(X), -1)
+            for X_t, B in group:
+                scaled = (B[k, start:stop, None] * X_t).view(-1, X_t.shape[1])
                 for a, b in bands:
-                    G[k * d + a : k * d + b, start * d + a : stop * d].addmm_(X[:, a:b].mT, scaled[:, a:])
+                    G[k * d + a : k * d + b, start * d + a : stop * d] += multiply(X_t[a:b], scaled[a:].mT)
             for a, b in bands[:-1]:
                 G[k * d + b : (k + 1) * d, start * d + a : start * d + b] = G[k * d + a : k * d + b, start * d + b : stop * d].mT
         here = slice(k * d, (k + 1) * d)
@@ -185,11 +186,6 @@ def _rows(gradient: Tensor, z: Tensor, cotangents: Tensor) -> Tensor:
     except RuntimeError:  # an operation without a vmap rule
         rows = [torch.autograd.grad(gradient, z, c, retain_graph=True, allow_unused=True)[0] for c in cotangents]
         return torch.stack([torch.zeros_like(z) if row is None else row for row in rows])
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, contiguous, in the faster order."""
-    return turn_over(a, b) if is_thin(a, b) else a @ b
 
 
 def _probes(like: Tensor) -> Tensor:
