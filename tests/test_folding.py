@@ -13,7 +13,8 @@ from torch_bilevel import derivatives, folding
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.folding import FoldedProducts, fold_left, fold_right, multiply
-from torch_bilevel.linalg.cholesky import solve_triangular
+from torch_bilevel.linalg import CholeskyFactor, SolveStatus
+from torch_bilevel.linalg.cholesky import factor_by_halves, solve_triangular
 
 
 def randn(*shape: int) -> Tensor:
@@ -166,3 +167,20 @@ def test_triangular_systems_by_halves(layout, upper, columns, onednn, monkeypatc
     found = solve_triangular(T, B, upper=upper)
     torch.testing.assert_close(found, torch.linalg.solve_triangular(T, B, upper=upper), rtol=1e-5, atol=1e-6)
     assert onednn
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_factorisation_by_halves_is_lapacks(overwrite, onednn, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch_bilevel.linalg.cholesky"], "BLOCK", 4)
+    M = randn(61, 61).float()
+    A = M @ M.mT / 61 + torch.eye(61)
+    upper_is_not_read = A + torch.triu(torch.full_like(A, 7.0), 1)
+    factor = CholeskyFactor(upper_is_not_read.clone(), overwrite=overwrite)
+    torch.testing.assert_close(factor.L, torch.linalg.cholesky(A), rtol=1e-4, atol=1e-5)
+    assert onednn
+    for place in (3, 40):
+        A[place, place] = -1.0
+        info = factor_by_halves(A.clone())
+        assert int(info) == int(torch.linalg.cholesky_ex(A)[1]) == place + 1
+        assert CholeskyFactor(A.clone(), overwrite=overwrite).factor_status is SolveStatus.NOT_POSITIVE_DEFINITE
+        A[place, place] = 3.0
