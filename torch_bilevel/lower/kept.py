@@ -26,6 +26,9 @@ MAX_FACTOR = 12_000
 BLOCK_DISCOUNT = 2
 #: iterations of a solve with a Cholesky factor of some points ago.
 AGED_SOLVE = 6
+#: iterations from which the outputs' Hessian pays for products alone: finding it takes the time of 9 on MNIST-5000, and each
+#: product by it saves a third to a half.
+MANY = 20
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000
 #: solves, and their decades of accuracy, that a hyper-Hessian or its Krylov model is reckoned to take.
@@ -35,6 +38,11 @@ FRESH_SOLVES = 4
 #: Ritz vectors kept of a solve, bytes that they may take (a checkpoint holds them), fewest steps that are worth it, and
 #: when they are given up: iterations over those of that solve, iterations per decade over those when new.
 RITZ, RITZ_BYTES, RITZ_STEPS, OUTGROWN, WORN = 64, 64_000_000, 16, 2.0, 1.5
+
+
+def decades_of(tol: float) -> float:
+    """Of accuracy, that a solve to this relative residual gains; at least one."""
+    return max(1.0, -math.log10(max(tol, 1e-16)))
 
 
 def is_exact(n: int) -> bool:
@@ -126,7 +134,7 @@ class KeptFactor:
 
     def observe(self, solution: Solution, tol: float, columns: int, ladder: Ladder) -> None:
         """Learn from a solve with this preconditioner (or with none)."""
-        decades = max(1.0, -math.log10(max(tol, 1e-16)))
+        decades = decades_of(tol)
         self.rate = solution.iterations / decades
         if self._seen < FRESH_SOLVES:
             self._fresh = self.rate if self._fresh is None else max(self._fresh, self.rate)
@@ -140,6 +148,10 @@ class KeptFactor:
             outgrown = solution.iterations > OUTGROWN * self._ritz_steps
             if outgrown or self._seen >= FRESH_SOLVES and self.rate > WORN * self._fresh:
                 self.give_up()
+
+    def expects_many(self, tol: float) -> bool:
+        """Whether a solve to ``tol`` will take so many iterations that the outputs' Hessian, once found, saves its price."""
+        return self.rate is None or self.rate * decades_of(tol) >= MANY
 
     def _saved(self, rate: float, decades: float, ladder: Ladder) -> tuple[float, float]:
         """Of a solve's cost in iterations, what the same level anew and what another one could save at least."""

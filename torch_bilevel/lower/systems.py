@@ -193,7 +193,7 @@ class LowerSystems:
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
             exact = self._make(at, self.kept.due(ladder))
-        if exact is None and ladder is not None and ladder.blocks is not None and not b.is_cuda:
+        if exact is None and ladder is not None and ladder.blocks is not None and not b.is_cuda and self.kept.expects_many(tol):
             self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
         A = self.operator(at)
         if self.solver == "chebyshev":
