@@ -76,6 +76,7 @@ class Ours:
             at = g.linearise(setting.x_before, setting.y_before, "y")
             systems = self.systems
             self.preparation = once(lambda: systems.kept.make(level, systems.operator(at), at))[0]
+            self.oracle.at_point(setting.x_before, setting.y_before)  # what it was made for; how fast CG is with it is kept too
 
     def run(self, effort: int) -> Tensor:
         """As ``evaluate`` does once it has y; what a call leaves behind is forgotten, so that every call is alike."""
