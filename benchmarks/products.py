@@ -4,8 +4,8 @@
 
 Products come from one recorded gradient (``Linearisation.yy``), as every solver of the library takes them. Floors: for
 a softmax layer the closed form, two matrix products a block; for the MLP its matrix products alone, six a layer and
-four less at the ends. Memory: the rise of the resident set while a block is multiplied; 'recorded' is what the recorded
-graph holds.
+four less at the ends. Before that, float32 products by MKL and by oneDNN. Memory: the rise of the resident set while a
+block is multiplied; 'recorded' is what the recorded graph holds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.floors import closed_form, mlp_matmuls
 from benchmarks.problems import Setting, images
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
+from torch_bilevel.folding import mkl_is_held_back, onednn, turn_over
 
 BLOCKS = (1, 4, 16, 64, 256)
 
@@ -118,10 +119,36 @@ def cases(quick: bool) -> list[Callable[[], Case]]:
     ]
 
 
+def libraries(args) -> dict:
+    """float32 products by MKL, thin ones in their better order, and by oneDNN, in turns; see ``folding.multiply``."""
+    n, d, K, size = (200, 30, 10, 100) if args.quick else (5000, 784, 10, 2000)
+    gen = torch.Generator().manual_seed(0)
+    A, X, V, Z = (torch.randn(*shape, generator=gen) for shape in ((size, size), (n, d), (d, K), (n, K)))
+    part = torch.randn(size // 4, size // 4 + 3, generator=gen)[:, 3:]
+    small = torch.randn(size // 4, size // 4, generator=gen)
+    runs = {
+        f"{size}^3": (lambda: A @ A, lambda: onednn(A, A.mT)),
+        f"X V, X ({n}, {d}), V ({d}, {K})": (lambda: turn_over(X, V), lambda: onednn(X, V.mT)),
+        f"X' Z, Z ({n}, {K})": (lambda: turn_over(X.mT, Z), lambda: onednn(Z.mT, X.mT).mT.contiguous()),
+        f"({size // 4})^3, the second a part of a matrix, not copied": (
+            lambda: small @ part.mT, lambda: torch.ops.mkldnn._linear_pointwise(small, part, None, "none", [], "")),
+    }  # fmt: skip
+    rows, found = [], {}
+    for name, (mkl, dnn) in runs.items():
+        found[name] = interleaved({"MKL": mkl, "oneDNN": dnn}, args.repeats, max_seconds=args.max_seconds)
+        rows.append([name, found[name]["MKL"], found[name]["oneDNN"]])
+    print("\n## Which library multiplies\n\nMKL is" + ("" if mkl_is_held_back() else " not") + " held back on this processor.\n")
+    print(markdown(["float32 product", "MKL, ms", "oneDNN, ms"], rows))
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
     args = begin(parser, argv)
     record: dict = {}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        record["libraries"] = libraries(args)
+        finish(args, record)
     for make in cases(args.quick):
         case = make()
         record[case.name] = measure(case, args)

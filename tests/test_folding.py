@@ -135,7 +135,7 @@ def test_a_missing_operation_leaves_products_to_mkl(monkeypatch):
     def missing(a, b):
         raise AttributeError("no such operation")
 
-    monkeypatch.setattr(folding, "_onednn", missing)
+    monkeypatch.setattr(folding, "onednn", missing)
     assert folding.mkl_is_held_back.__wrapped__() is False
 
 

@@ -51,7 +51,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """
     if is_for_onednn(a, b):
         by_rows = a.stride(1) == 1 or (b.stride(0) != 1 and a.numel() <= b.numel())  # else a copy, at least of the smaller
-        return _onednn(a, b.mT) if by_rows else _onednn(b.mT, a).mT.contiguous()
+        return onednn(a, b.mT) if by_rows else onednn(b.mT, a).mT.contiguous()
     return turn_over(a, b) if is_thin(a, b) else a @ b
 
 
@@ -65,8 +65,8 @@ def is_for_onednn(a: Tensor, b: Tensor) -> bool:
 def mkl_is_held_back() -> bool:
     """Whether products are MKL's on an AVX-512 processor that is not Intel's, where MKL uses half of it.
 
-    On an AMD EPYC with AVX-512 a large float32 product takes oneDNN, which PyTorch has as well, 0.4 of MKL's time, and a thin
-    one (5000 x 784 x 10) 0.55 ms for MKL's 1.3. By the maker and not by a measurement, so that runs can be repeated.
+    On an AMD EPYC with AVX-512 a float32 product takes oneDNN, which PyTorch has as well, a third to a half of MKL's time
+    (``benchmarks.products``). By the maker and not by a measurement, so that runs can be repeated.
     """
     has = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not (has and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
@@ -74,14 +74,14 @@ def mkl_is_held_back() -> bool:
     try:
         made = Path("/proc/cpuinfo").read_text(encoding="utf-8") if platform.system() == "Linux" else platform.processor()
         probe = torch.ones(2, 2)
-        return "GenuineIntel" not in made and bool((_onednn(probe, probe) == 2).all())
+        return "GenuineIntel" not in made and bool((onednn(probe, probe) == 2).all())
     except (OSError, AttributeError, RuntimeError, NotImplementedError):  # not Linux's; no such operation in this PyTorch
         return False
 
 
-def _onednn(a: Tensor, b: Tensor) -> Tensor:
+def onednn(a: Tensor, b: Tensor) -> Tensor:
     """a @ b': the linear layer of PyTorch's compiler, (n, k), (m, k) -> (n, m). Of a part of a matrix as b a copy is made:
-    oneDNN multiplies with such strides by a plain loop, a thousand times more slowly."""
+    oneDNN multiplies with such strides by a plain loop, hundreds of times more slowly."""
     b = b if b.is_contiguous() or b.mT.is_contiguous() else b.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
