@@ -23,7 +23,7 @@ from benchmarks.floors import closed_form, mlp_matmuls
 from benchmarks.problems import Setting, images
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.folding import mkl_is_held_back, onednn, turn_over
+from torch_bilevel.folding import has_onednn, mkl_is_held_back, onednn, turn_over
 
 BLOCKS = (1, 4, 16, 64, 256)
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
     args = begin(parser, argv)
     record: dict = {}
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if has_onednn():
         record["libraries"] = libraries(args)
         finish(args, record)
     for make in cases(args.quick):

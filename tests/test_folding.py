@@ -68,7 +68,6 @@ def test_blocks_of_a_large_problem_are_folded_and_agree_with_single_products(dty
 
 # -- by oneDNN -----------------------------------------------------------------------------------------------------
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
     "columns": lambda t: t.mT.contiguous().mT,
@@ -80,7 +79,7 @@ LAYOUTS = {
 @pytest.fixture
 def onednn(monkeypatch):
     """Every float32 product on a CPU goes to oneDNN; the operands as they were given to it."""
-    if not HAS_ONEDNN:
+    if not folding.has_onednn():
         pytest.skip("this PyTorch is built without oneDNN's linear layer")
     monkeypatch.setattr(folding, "WORTH", 0)
     monkeypatch.setattr(folding, "mkl_is_held_back", lambda: True)
@@ -118,24 +117,20 @@ def test_what_is_not_for_onednn_is_multiplied_by_torch(onednn, monkeypatch):
     assert len(onednn) == 1
 
 
-@pytest.mark.parametrize(("system", "made", "capability", "expected"), [
-    ("Linux", "vendor_id : AuthenticAMD", "AVX512", True), ("Linux", "vendor_id : GenuineIntel", "AVX512", False),
-    ("Linux", "vendor_id : AuthenticAMD", "AVX2", False), ("Windows", "AMD64 Family 26, AuthenticAMD", "AVX512", True),
+@pytest.mark.parametrize(("is_linux", "made", "capability", "expected"), [
+    (True, "vendor_id : AuthenticAMD", "AVX512", True), (True, "vendor_id : GenuineIntel", "AVX512", False),
+    (True, "vendor_id : AuthenticAMD", "AVX2", False), (False, "AMD64 Family 26, AuthenticAMD", "AVX512", True),
+    (False, "Intel64 Family 6, GenuineIntel", "AVX512", False),
 ])  # fmt: skip
-def test_mkl_is_held_back_on_other_makers_avx512(system, made, capability, expected, monkeypatch):
+def test_mkl_is_held_back_on_other_makers_avx512(is_linux, made, capability, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(folding.platform, "system", lambda: system)
     monkeypatch.setattr(folding.platform, "processor", lambda: made)
+    monkeypatch.setattr(folding.Path, "is_file", lambda self: is_linux)
     monkeypatch.setattr(folding.Path, "read_text", lambda self, encoding: made)
-    assert folding.mkl_is_held_back.__wrapped__() == (expected and HAS_ONEDNN)
-
-
-def test_a_missing_operation_leaves_products_to_mkl(monkeypatch):
-    def missing(a, b):
-        raise AttributeError("no such operation")
-
-    monkeypatch.setattr(folding, "onednn", missing)
+    monkeypatch.setattr(folding, "has_onednn", lambda: True)
+    assert folding.mkl_is_held_back.__wrapped__() == expected
+    monkeypatch.setattr(folding, "has_onednn", lambda: False)
     assert folding.mkl_is_held_back.__wrapped__() is False
 
 

@@ -18,7 +18,7 @@ WORTH = 1_000_000
 
 
 class FoldedProducts(TorchDispatchMode):
-    """Under it, ``bmm`` with one operand expanded over the batch is a single ``mm``, and thin products are turned over.
+    """Under it, ``bmm`` with one operand expanded over the batch is a single ``mm``, and every ``mm`` a ``multiply``.
 
     ``vmap`` turns X V, with data X (n, k) shared by B cotangents V (B, k, m), into B small products that read X anew
     each: (B, n, k) @ (B, k, m). Folded it is (n, k) @ (k, B m), which reads X once: 2.4 times faster a vector for the
@@ -68,15 +68,21 @@ def mkl_is_held_back() -> bool:
     On an AMD EPYC with AVX-512 a float32 product takes oneDNN, which PyTorch has as well, a third to a half of MKL's time
     (``benchmarks.products``). By the maker and not by a measurement, so that runs can be repeated.
     """
-    has = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not (has and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+    if not (torch.backends.mkl.is_available() and has_onednn() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
         return False
-    try:
-        made = Path("/proc/cpuinfo").read_text(encoding="utf-8") if platform.system() == "Linux" else platform.processor()
-        probe = torch.ones(2, 2)
-        return "GenuineIntel" not in made and bool((onednn(probe, probe) == 2).all())
-    except (OSError, AttributeError, RuntimeError, NotImplementedError):  # not Linux's; no such operation in this PyTorch
-        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return "GenuineIntel" not in (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor())
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch has ``onednn``; the operation is not part of its documented interface."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def bands(n: int, count: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of so many bands of n rows: a symmetric product is formed band by band, a triangle and a little more."""
+    cuts = [i * n // count for i in range(count + 1)]
+    return list(zip(cuts, cuts[1:]))
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..folding import is_for_onednn, multiply
+from ..folding import bands, is_for_onednn, multiply
 from .operator import LinearOperator, as_operator
 from .preconditioner import Preconditioner
 from .solution import SolveStatus
@@ -140,8 +140,7 @@ def factor_by_halves(A: Tensor) -> Tensor:
         return info
     A[h:, :h] = solve_triangular(A[:h, :h], A[h:, :h].mT, upper=False).mT
     left, right = A[h:, :h], A[h:, h:]
-    cuts = [i * (n - h) // BANDS for i in range(BANDS + 1)]
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in bands(n - h, BANDS):
         right[a:b, :b] -= multiply(left[a:b], left[:b].mT)
     A[:h, h:] = 0
     info = factor_by_halves(right)

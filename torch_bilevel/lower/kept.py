@@ -26,8 +26,8 @@ MAX_FACTOR = 12_000
 BLOCK_DISCOUNT = 2
 #: iterations of a solve with a Cholesky factor of some points ago.
 AGED_SOLVE = 6
-#: iterations from which the outputs' Hessian pays for products alone: finding it takes the time of 9 on MNIST-5000, and each
-#: product by it saves a third to a half.
+#: iterations from which the outputs' Hessian pays for products alone: finding it takes products itself, K + 4 of them, and each
+#: product by it saves a part of one.
 MANY = 20
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000

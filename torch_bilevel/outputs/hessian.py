@@ -11,7 +11,7 @@ from torch import Tensor
 from ..folding import multiply
 from .blocks import BlockPreconditioner
 from .calls import LinearCall, Watch
-from .prices import band_cuts, times_multiplications
+from .prices import block_bands, times_multiplications
 
 if TYPE_CHECKING:
     from ..derivatives import Linearisation
@@ -161,8 +161,8 @@ def _add_pairs(G: Tensor, group: list[tuple[Tensor, Tensor]], d: int, K: int) ->
 
     Each block is symmetric, like the whole: bands of its rows are formed from the diagonal on, the rest is a copy.
     """
-    cuts = band_cuts(d)
-    bands, step = list(zip(cuts, cuts[1:])), K if len(cuts) == 2 else 1
+    bands = block_bands(d)
+    step = K if len(bands) == 1 else 1
     group = [(X.mT.contiguous(), B.permute(1, 2, 0).contiguous()) for X, B in group]
     for k in range(K):
         for start in range(k, K, step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..folding import bands
 from .calls import PROBES, LinearCall
 
 #: a multiplication inside a large matrix product over one inside a product with a vector, in time, by kind of device
@@ -40,16 +41,14 @@ def dense_multiplications(calls: list[LinearCall]) -> float:
     return sum(n * banded(d) * K * (K + 1) / 2 for n, d, K in sizes)
 
 
-def band_cuts(d: int) -> list[int]:
-    """Where the bands of a symmetric (d, d) block begin, and d."""
-    bands = BANDS if d >= WIDE else 1
-    return [round(i * d / bands) for i in range(bands + 1)]
+def block_bands(d: int) -> list[tuple[int, int]]:
+    """Of rows, in which a symmetric (d, d) block is formed, each from its diagonal on."""
+    return bands(d, BANDS if d >= WIDE else 1)
 
 
 def banded(d: int) -> int:
-    """Entries of the block that are formed: each band from its diagonal on."""
-    cuts = band_cuts(d)
-    return sum((b - a) * (d - a) for a, b in zip(cuts, cuts[1:]))
+    """Entries of the block that are formed."""
+    return sum((b - a) * (d - a) for a, b in block_bands(d))
 
 
 def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tuple[float, bool]:
