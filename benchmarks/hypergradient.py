@@ -175,10 +175,10 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
     ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0)}
     at = Objective(cold.oracle.problem, lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
     ladder = cold.systems.ladder(at)
-    if cold.systems.kept.ritz_wanted(setting.dy, setting.x.dtype) and ladder.blocks is None:
+    if cold.systems.kept.ritz_wanted(setting.dy, setting.x.dtype) and not ladder.kronecker:
         ours_by_name["ours, warm start, Ritz vectors"] = Ours(setting, "ritz")
     for level in ladder.prices:
-        kind = "blocks of size" if level == ladder.blocks else "sketch of rank"
+        kind = "Kronecker, corner of" if level in ladder.kronecker else "sketch of rank"
         what = "Cholesky" if level == setting.dy else f"{kind} {level}"
         ours_by_name[f"ours, warm start, {what}"] = Ours(setting, level)
         making[what] = ours_by_name[f"ours, warm start, {what}"].preparation

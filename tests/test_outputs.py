@@ -14,8 +14,7 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import LinearOperator, cg
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.methods import model
-from torch_bilevel.oracles import hessian
-from torch_bilevel.outputs import OutputHessian, calls, prices
+from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, calls, prices
 from torch_bilevel.outputs import hessian as output_hessian
 
 D = torch.float64
@@ -328,10 +327,10 @@ def badly_scaled():
     return tb.BilevelProblem.from_functions(lambda x, y: f(x[:1], y / 10), g, torch.zeros(1, dtype=D), randn(11, d * K))
 
 
-def test_the_block_preconditioner():
+def test_the_kronecker_preconditioner():
     p = badly_scaled()
     at = recorded(p, lower=1.0)
-    P = found(at).preconditioner()
+    P = found(at).preconditioner(4)
     assert P.ok
     inverse = P(torch.eye(p.dy, dtype=D))
     torch.testing.assert_close(inverse, inverse.mT)
@@ -344,23 +343,87 @@ def test_the_block_preconditioner():
     assert 4 * with_it.iterations < without.iterations
 
 
-def test_a_block_that_is_not_positive_definite_is_no_preconditioner():
+def assembled(inputs, blocks, index, diagonal):
+    """sum of B_i (x) x_i x_i' + diag, written out entry by entry."""
+    H = torch.diag(diagonal)
+    for X, B in zip(inputs, blocks):
+        H[index[:, None, :, None], index[None, :, None, :]] += torch.einsum("nkl,ni,nj->ijkl", B, X, X)
+    return H
+
+
+@pytest.mark.parametrize("rank", range(5))
+def test_the_kronecker_preconditioner_against_its_definition(rank):
+    """The approximation, put together by dense algebra of another kind, with entries of y beside those of the calls."""
+    d, K, sizes = 4, 3, (7, 9)
+    inputs = [randn(i, n, d) for i, n in enumerate(sizes)]
+    roots = [randn(10 + i, n, K, K) for i, n in enumerate(sizes)]
+    blocks = [R @ R.mT / K for R in roots]
+    index = torch.randperm(d * K + 2, generator=torch.Generator().manual_seed(0))[: d * K].view(d, K)
+    diagonal = 0.5 + randn(20, d * K + 2) ** 2
+    P = KroneckerPreconditioner(inputs, blocks, index, diagonal, rank)
+    assert P.ok
+
+    H, place = assembled(inputs, blocks, index, diagonal), index.reshape(-1)
+    U = torch.linalg.eigh(torch.cat(blocks).mean(0))[1]
+    G = sum(X.mT @ (B.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / K * X) for X, B in zip(inputs, blocks))
+    M = diagonal[index].mean(1)
+    gamma, Q = torch.linalg.eig(G / M[:, None])  # of the pencil (G, diag(M))
+    order = gamma.real.argsort(descending=True)
+    Q = Q.real[:, order] / ((Q.real[:, order] ** 2 * M[:, None]).sum(0)).sqrt()
+    T = torch.kron(Q.contiguous(), U.contiguous())  # rows as in place
+    mean = torch.kron(G, torch.cat(blocks).mean(0) * K / torch.cat(blocks).mean(0).trace())
+    S = (T.mT @ (mean + torch.diag(diagonal[place])) @ T).diagonal().diag()
+    full, r = T.mT @ H[place[:, None], place] @ T, rank * K
+    S[:r, :r] = full[:r, :r]
+    expected = torch.diag(1 / diagonal)
+    expected[place[:, None], place] = T @ torch.linalg.inv(S) @ T.mT
+    torch.testing.assert_close(P(torch.eye(len(diagonal), dtype=D)), expected)
+    if rank == d:
+        torch.testing.assert_close(expected, torch.linalg.inv(H))
+
+
+def test_the_kronecker_preconditioner_is_exact_where_samples_share_their_output_hessian():
+    d, K, n = 4, 3, 9
+    B = randn(1, K, K)
+    B = B @ B.mT
+    weights = randn(2, n) ** 2
+    index, diagonal = torch.arange(d * K).view(d, K), (0.1 + randn(3, d) ** 2).repeat_interleave(K)
+    inputs, blocks = [randn(4, n, d)], [weights[:, None, None] * B]
+    P = KroneckerPreconditioner(inputs, blocks, index, diagonal, 0)
+    torch.testing.assert_close(P(torch.eye(d * K, dtype=D)), torch.linalg.inv(assembled(inputs, blocks, index, diagonal)))
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+def test_features_without_regulariser_have_a_preconditioner_where_the_data_curves_them(regularised):
+    """A bias is seldom regularised."""
+    d, K, n = 4, 3, 30
+    R = randn(1, n, K, K)
+    diagonal = torch.zeros(d, K, dtype=D)
+    diagonal[1:] = 0.1 if regularised else 0.0
+    P = KroneckerPreconditioner([randn(4, n, d)], [R @ R.mT], torch.arange(d * K).view(d, K), diagonal.reshape(-1), 2)
+    assert P.ok
+    assert float(torch.linalg.eigvalsh(P(torch.eye(d * K, dtype=D)))[0]) > 0
+
+
+def test_what_is_not_positive_definite_is_no_preconditioner():
     def g(x, y):
         return (x.sigmoid() * ce(F.linear(X.to(y), y.view(CLASSES, FEATURES)))).mean() - (y * y).sum()
 
     o = found(recorded(problem(g, N, CLASSES * FEATURES), lower=1.0))
-    assert not o.preconditioner().ok
-    assert o.preconditioner(damping=10.0).ok
+    assert not o.preconditioner(1).ok
+    assert o.preconditioner(1, damping=10.0).ok
 
 
 @pytest.fixture
 def large(monkeypatch):
     """Learners of a test's size count as large: preconditioned CG, not a factor at once."""
     monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 10)
+    monkeypatch.setattr(prices, "CORNERS", (10, 25))
 
 
-def test_the_ladder_goes_by_blocks(large):
-    """Blocks are made once CG has cost as much, renewed as they age, and never cost more than was spent before."""
+def test_the_ladder_goes_by_the_kronecker_preconditioner(large, monkeypatch):
+    """It is made once CG has cost as much, and renewed as it ages."""
+    monkeypatch.setattr(kept, "FORESEEN", 0)
     p, systems, kinds = badly_scaled(), LowerSystems(), []
     h = Objective(p, lower=1.0, counts=OracleCounts())
     for seed in range(40):
@@ -371,17 +434,18 @@ def test_the_ladder_goes_by_blocks(large):
         assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-7 * torch.linalg.vector_norm(b)
         kinds.append(type(systems.factor).__name__)
     assert kinds[0] == "NoneType"
-    assert "BlockPreconditioner" in kinds
+    assert "KroneckerPreconditioner" in kinds
     assert "NystromPreconditioner" not in kinds
     assert h.counts.factorisations >= 2
-    assert "outputs' blocks of size 20" in systems.describe() or "Cholesky" in systems.describe()
+    assert "Kronecker preconditioner, its corner of" in systems.describe() or "Cholesky" in systems.describe()
 
 
 @pytest.mark.parametrize("method", ["lbfgs", "auto", "dlcrn", "lfsba", "slcrn", "lazy_slcrn"])
-@pytest.mark.parametrize("size", ["factors", "blocks"])
+@pytest.mark.parametrize("size", ["factors", "preconditioners"])
 def test_resume_is_the_uninterrupted_run(method, size, tmp_path, monkeypatch):
-    if size == "blocks":
+    if size == "preconditioners":
         monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 10)
+        monkeypatch.setattr(prices, "CORNERS", (2, 4))
 
     def go(steps, **options):
         return tb.minimize(cleaning_problem()[1], method, max_steps=steps, gradient_tol=1e-12, **options)
@@ -451,8 +515,8 @@ def test_a_matrix_is_chosen_where_it_costs_little_beside_a_krylov_model(monkeypa
         return result.choices["hyper-Hessian"].split(",")[0]
 
     assert kind() == "dense"
-    monkeypatch.setattr(hessian, "EIGENVECTORS", 1e9)
+    monkeypatch.setattr(prices, "EIGENVECTORS", 1e9)
     assert kind() == "krylov"
-    monkeypatch.setattr(hessian, "EIGENVECTORS", 10)
+    monkeypatch.setattr(prices, "EIGENVECTORS", 10)
     monkeypatch.setattr(calls, "SMALL", 10**9)
     assert kind() == "krylov"

@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import common, gpu, hyper_hessian, hypergradient, products, scaling, secants, whole_run
+from benchmarks import common, gpu, hyper_hessian, hypergradient, preconditioners, products, scaling, secants, whole_run
 from benchmarks.floors import closed_form
 from benchmarks.peers import TorchOpt
 from benchmarks.problems import softmax, solved, synthetic_cleaning
@@ -176,3 +176,11 @@ def test_secants_compares_runs_with_and_without_and_puts_corrections_back():
     assert missing == 0
     assert found[0][1] < 1  # fewer Hessians
     assert secants.families(3).keys() == secants.families(1).keys()
+
+
+def test_preconditioners_need_fewer_iterations_the_larger_the_corner(capsys):
+    record = preconditioners.main(["--quick", "--threads", "1", "--settings", "softmax", "--repeats", "1"])["softmax"]
+    iterations = [entry["iterations"] for name, entry in record.items() if name.startswith("Kronecker")]
+    assert iterations == sorted(iterations, reverse=True)
+    assert iterations[-1] < record["none"]["iterations"]
+    assert "| Cholesky |" in capsys.readouterr().out

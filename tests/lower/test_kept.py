@@ -88,12 +88,12 @@ def test_an_aged_sketch_is_renewed_at_its_level(decaying, monkeypatch):
         seen(20)
     for _ in range(10):
         seen(20)
-    assert keeper.due(ladder) is None  # nothing above it, and it has not aged
+    assert keeper.due(ladder, 1e-4) is None  # nothing above it, and it has not aged
     seen(45)
     seen(45)
-    assert keeper.due(ladder) is None  # 50 iterations more than when new: the price of 100 block products
+    assert keeper.due(ladder, 1e-4) is None  # 50 iterations more than when new: the price of 100 block products
     seen(21)
-    assert keeper.due(ladder) == 100
+    assert keeper.due(ladder, 1e-4) == 100
 
 
 def test_a_model_asks_for_a_factor_only_where_its_solves_pay(decaying):
@@ -143,8 +143,8 @@ def test_resume_with_a_sketch_is_the_uninterrupted_run(monkeypatch, tmp_path, me
     assert resumed.counts.as_dict() == whole.counts.as_dict()
 
 
-def test_an_aged_factor_gives_way_to_blocks_that_were_cheaper(decaying):
-    ladder = Ladder(N, {40: 10.0, N: 1000.0}, blocks=40, applying=3.0)
+def test_an_aged_factor_gives_way_to_the_kronecker_preconditioner_that_was_cheaper(decaying):
+    ladder = Ladder(N, {40: 10.0, N: 1000.0}, kronecker=(40,), applying={N: 3.0})
     keeper = KeptFactor()
     at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
 
@@ -152,17 +152,34 @@ def test_an_aged_factor_gives_way_to_blocks_that_were_cheaper(decaying):
         keeper.observe(Solution(x=at.gy, status=SolveStatus.CONVERGED, residual=at.value, iterations=iterations,
                                 products=0, solver="cg"), 1e-4, 1, ladder)  # fmt: skip
 
-    keeper.level = 40  # blocks that take 20 iterations
+    keeper.level = 40  # a preconditioner with which it takes 20 iterations
     for _ in range(kept.FRESH_SOLVES):
         seen(20)
     keeper.make(N, LowerSystems().operator(at), at)
     for _ in range(5):
         seen(5)  # 5 (1 + 3) = 20: no dearer
-    assert keeper.due(ladder) is None
+    assert keeper.due(ladder, 1e-4) is None
     seen(7)  # 28 against 20
-    assert keeper.due(ladder) is None  # 8 lost, the price of blocks is 10
+    assert keeper.due(ladder, 1e-4) is None  # 8 lost, its price is 10
     seen(7)
-    assert keeper.due(ladder) == 40
+    assert keeper.due(ladder, 1e-4) == 40
+
+
+def test_the_kronecker_preconditioner_is_made_before_a_solve_that_it_would_serve_well():
+    """At once where four solves of that length save its price, at 20 iterations a decade as long as none was seen; once only."""
+    keeper, cheap, dear = KeptFactor(), Ladder(5000, {40: 100.0, 5000: 1e4}, (40,)), Ladder(5000, {40: 1000.0, 5000: 1e4}, (40,))
+    assert keeper.due(cheap, 1e-4) == 40  # 4 solves that save half of 80 iterations
+    assert keeper.due(cheap, 1e-2) is None
+    assert keeper.due(dear, 1e-4) is None
+    assert keeper.due(Ladder(5000, {40: 100.0}), 1e-4) is None  # a sketch
+    keeper.missed = 30.0
+    assert keeper.due(cheap, 1e-2) == 40
+    keeper.level = 40  # made, and not positive definite
+    keeper.missed = 0.0
+    assert keeper.due(cheap, 1e-4) is None
+    keeper = KeptFactor()
+    keeper.rate = 3.0
+    assert keeper.due(cheap, 1e-4) is None  # such solves are short
 
 
 def test_ritz_vectors_of_a_solve_serve_the_next_ones(decaying, monkeypatch):
@@ -219,7 +236,7 @@ def test_ritz_vectors_survive_a_checkpoint(decaying, monkeypatch):
         assert a.iterations == b.iterations
 
 
-def test_no_ritz_vectors_where_a_factor_or_blocks_are_to_be_had():
+def test_no_ritz_vectors_where_something_is_kept_or_a_factor_is_made_at_once():
     assert KeptFactor().ritz_wanted(2000, torch.float64) == 0
     assert KeptFactor().ritz_wanted(2001, torch.float64) == kept.RITZ
     assert KeptFactor().ritz_wanted(1_000_000, torch.float32) == 16  # 64 MB

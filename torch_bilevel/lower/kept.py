@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
 from ..linalg import CholeskyFactor, LinearOperator, NystromPreconditioner, Solution, nystrom
-from ..outputs import BlockPreconditioner
+from ..outputs import KroneckerPreconditioner
 from ..problem import BilevelProblem
 
-Factor = CholeskyFactor | BlockPreconditioner | NystromPreconditioner
+Factor = CholeskyFactor | KroneckerPreconditioner | NystromPreconditioner
 
 #: up to this many learner parameters a Cholesky factor is made at once: its n block products cost what a handful of
 #: plain CG solves cost, and it then serves as an exact solver where it was made and as a preconditioner elsewhere.
@@ -33,6 +33,8 @@ MANY = 20
 SKETCH_BYTES = 300_000_000
 #: solves, and their decades of accuracy, that a hyper-Hessian or its Krylov model is reckoned to take.
 MODEL_SOLVES, MODEL_DECADES = 60, 3
+#: solves that a Kronecker preconditioner is reckoned to serve, and iterations per decade of accuracy where none was seen yet.
+FORESEEN, RATE = 4, 20
 #: solves after which a new factor's rate of convergence counts as known.
 FRESH_SOLVES = 4
 #: Ritz vectors kept of a solve, bytes that they may take (a checkpoint holds them), fewest steps that are worth it, and
@@ -56,37 +58,42 @@ class Ladder:
 
     Attributes:
         prices: level -> price in iterations, ascending; n stands for Cholesky.
-        blocks: the level that is the ``BlockPreconditioner`` of the learner's outputs, or None.
-        applying: an application of the Cholesky factor, in iterations.
+        kronecker: the levels that are ``KroneckerPreconditioner`` of the learner's outputs, by the rows of their corners.
+        applying: level -> an application of what is kept there, in products; 0 where it is not said.
     """
 
     n: int
     prices: dict[int, float]
-    blocks: int | None = None
-    applying: float = 0.0
+    kronecker: tuple[int, ...] = ()
+    applying: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def plain(cls, n: int, dtype: torch.dtype) -> Ladder:
         """Of a Hessian that is known by its products alone."""
         return cls(n, {level: level / BLOCK_DISCOUNT for level in KeptFactor.levels(n, dtype)})
 
+    def step(self, level: int) -> float:
+        """An iteration with what is kept at this level, in products."""
+        return 1 + self.applying.get(level, 0.0)
+
 
 class KeptFactor:
-    """A preconditioner that outlives the point where it was made: nothing, blocks, a Nystrom sketch or a Cholesky factor.
+    """A preconditioner that outlives the point where it was made: Kronecker, a Nystrom sketch or a Cholesky factor; or nothing.
 
     Its *levels* are the ranks n / 16 and n / 8 of sketches (for n > 2000, as far as 300 MB go) or, where the learner's
-    outputs give them, the blocks of one output each, and n, the Cholesky factor (for n <= 12,000). A level is climbed, or
-    what is kept made anew, once the CG iterations that this could have saved have cost as much as it would (the rule of
-    ski rental), counted, not by the clock, so that a run is reproducible. Anew saves what is above the rate when new
-    (Cholesky: all but two iterations); the next level half of them, or all but six with a factor. Where an aged factor
-    costs more than blocks did, these come back.
+    outputs give them, Kronecker preconditioners with a small corner and a large one, and n, the Cholesky factor (for
+    n <= 12,000). A level is climbed, or what is kept made anew, once the products that this could have saved have cost as
+    much as it would (the rule of ski rental), counted, not by the clock, so that a run is reproducible. Anew saves what is
+    above the rate when new (Cholesky: all but two iterations); the next level half of them, or all but six with a factor.
+    Where an aged factor costs more than the Kronecker preconditioner did, this comes back. The first of these is made at once
+    where what it saves in FORESEEN solves like the one at hand, with what it could have saved so far, is its price.
 
     At level 0 the Ritz vectors of a CG solve, which cost no product, precondition the next ones (deflation), until a solve
     takes clearly more iterations; then the next one goes without and leaves new ones.
 
     Attributes:
         factor: what preconditions now, or None. level: its rank, n for Cholesky, 0 for none.
-        spent, missed: iterations that making it anew, and another level, could have saved since the last making.
+        spent, missed: products that making it anew, and another level, could have saved since the last making.
         rate: iterations per decade of accuracy, lately; None before the first solve.
     """
 
@@ -97,7 +104,7 @@ class KeptFactor:
         self.rate: float | None = None
         self._fresh: float | None = None  # and when the factor was new
         self._seen = 0
-        self._blocks_rate: float | None = None  # of the blocks, when they were last new
+        self._kronecker_rate: float | None = None  # of the Kronecker preconditioner, when last new
         self._ritz_steps = 0  # iterations of the solve whose Ritz vectors are kept
 
     @staticmethod
@@ -139,8 +146,8 @@ class KeptFactor:
         if self._seen < FRESH_SOLVES:
             self._fresh = self.rate if self._fresh is None else max(self._fresh, self.rate)
             self._seen += 1
-            if self.level and self.level == ladder.blocks:
-                self._blocks_rate = self._fresh
+            if self.level in ladder.kronecker:
+                self._kronecker_rate = self._fresh
         renewal, climb = self._saved(self.rate, decades, ladder)
         self.spent += renewal * columns
         self.missed += climb * columns
@@ -154,22 +161,27 @@ class KeptFactor:
         return self.rate is None or self.rate * decades_of(tol) >= MANY
 
     def _saved(self, rate: float, decades: float, ladder: Ladder) -> tuple[float, float]:
-        """Of a solve's cost in iterations, what the same level anew and what another one could save at least."""
-        iterations = rate * decades
+        """Of a solve's cost in products, what the same level anew and what another one could save at least."""
+        step = ladder.step(self.level)
+        cost = rate * decades * step
         if self.is_cholesky():
-            cost, by_blocks = iterations * (1 + ladder.applying), self._blocks_rate
-            other = 0.0 if by_blocks is None or ladder.blocks is None else cost - by_blocks * decades
-            return max(0.0, cost - 2 * (1 + ladder.applying)), max(0.0, other)
-        renewal = 0.0 if self._fresh is None or self.factor is None else max(0.0, rate - self._fresh) * decades
-        if self.level and self.level == ladder.blocks:
-            return renewal, max(0.0, iterations - AGED_SOLVE * (1 + ladder.applying))
-        return renewal, iterations / 2
+            other = 0.0
+            if ladder.kronecker and self._kronecker_rate is not None:
+                other = cost - self._kronecker_rate * decades * ladder.step(ladder.kronecker[-1])
+            return max(0.0, cost - 2 * step), max(0.0, other)
+        renewal = 0.0 if self._fresh is None or self.factor is None else max(0.0, rate - self._fresh) * decades * step
+        if ladder.kronecker and self.level == ladder.kronecker[-1]:
+            return renewal, max(0.0, cost - AGED_SOLVE * ladder.step(ladder.n))
+        return renewal, cost / 2
 
-    def due(self, ladder: Ladder) -> int | None:
-        """The level that should be made now, or None."""
+    def due(self, ladder: Ladder, tol: float) -> int | None:
+        """The level that should be made now, before a solve to ``tol``, or None."""
         if self.factor is None and is_exact(ladder.n):
             return next(iter(ladder.prices))
-        return self._due(ladder, self.spent, self.missed)
+        missed = self.missed
+        if self.level == 0 and ladder.kronecker:
+            missed += FORESEEN * self._saved(RATE if self.rate is None else self.rate, decades_of(tol), ladder)[1]
+        return self._due(ladder, self.spent, missed)
 
     def due_for_model(self, ladder: Ladder) -> int | None:
         """The level that should be made before the many solves of a hyper-Hessian, or None."""
@@ -181,22 +193,23 @@ class KeptFactor:
     def _due(self, ladder: Ladder, spent: float, missed: float) -> int | None:
         if self.factor is not None and spent > ladder.prices.get(self.level, math.inf):
             return self.level
-        other = next((level for level in ladder.prices if level > self.level), ladder.blocks)
+        back = ladder.kronecker[-1] if ladder.kronecker and self.level > ladder.kronecker[-1] else None
+        other = next((level for level in ladder.prices if level > self.level), back)
         return other if other is not None and missed > ladder.prices[other] else None
 
     def make(self, level: int, operator: LinearOperator, at: Linearisation) -> Factor:
-        """The factor (level n), blocks or sketch of the operator at a recorded point; kept if it succeeds. Look at ``.ok``.
+        """The factor (level n), Kronecker preconditioner or sketch of the operator at a recorded point; kept if it succeeds.
 
-        Cost: ``level`` products in blocks, or those of ``OutputHessian``; n^3 / 3 multiplications and n^2 numbers, or
-            about 8 n level^2 and 3 n level.
+        Look at ``.ok``.
+
+        Cost: that of a ``KroneckerPreconditioner``; or ``level`` products in blocks, or those of ``OutputHessian``, and
+            n^3 / 3 multiplications and n^2 numbers, or about 8 n level^2 and 3 n level.
         """
         at.objective.counts.add(factorisations=1)
         if level >= operator.n:
             made = CholeskyFactor(operator.to_dense(), overwrite=True)
-        elif level == operator.blocks:
-            made = operator.block_preconditioner()
         else:
-            made = nystrom(operator, level)
+            made = operator.kronecker_preconditioner(level) or nystrom(operator, level)
         self.level, self.spent, self.missed, self._seen, self._fresh = level, 0.0, 0.0, 0, None
         if made.ok:
             h = at.objective
@@ -213,7 +226,7 @@ class KeptFactor:
         return {"L": self.factor.L if small else None, "ritz": ritz, "ritz_steps": self._ritz_steps,
                 "born": None if small or self.factor is None else self.born,
                 "level": self.level, "spent": [self.spent, self.missed],
-                "rates": [self.rate, self._fresh, self._seen, self._blocks_rate]}  # fmt: skip
+                "rates": [self.rate, self._fresh, self._seen, self._kronecker_rate]}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem, operator) -> None:
         """``operator``: the system's operator at a recorded point. A run's state is loaded more than once."""
@@ -227,7 +240,7 @@ class KeptFactor:
             at = h.linearise(born["x"], born["y"], "y")
             self.make(state["level"], operator(at), at)
         self.level, (self.spent, self.missed) = state["level"], state["spent"]
-        self.rate, self._fresh, self._seen, self._blocks_rate = state["rates"]
+        self.rate, self._fresh, self._seen, self._kronecker_rate = state["rates"]
         self._ritz_steps = state["ritz_steps"]
 
     def _made_at(self, born: dict[str, Any], level: int) -> bool:

@@ -24,12 +24,13 @@ from ..linalg import (
 )
 from ..linalg.solve import default_tol
 from ..outputs import (
-    BlockPreconditioner,
+    KroneckerPreconditioner,
     LinearCall,
     OutputHessian,
-    block_price,
-    block_size,
-    one_product,
+    corner_ranks,
+    factor_application,
+    kronecker_application,
+    kronecker_price,
     price,
     products_to_factor,
     watch,  # fmt: skip
@@ -47,10 +48,11 @@ class LowerSystems:
     """Solves (h_yy(x, y) + damping I) w = b at recorded points, keeping a factor for as long as it is good.
 
     'auto' is CG with what ``KeptFactor`` keeps as its preconditioner: for dy <= 2000 a Cholesky factor, which also
-    solves exactly at the point where it was made; above that a Nystrom sketch and, for dy <= 12,000, a Cholesky factor,
-    each made, or made anew, once the iterations it could have saved have cost as much. Until then the Ritz vectors of a
-    solve serve the next ones, where the learner's outputs give no blocks. CG is reorthogonalised in float32, and in
-    float64 where it is to leave Ritz vectors, for up to a million numbers (up to 1 GB of residuals).
+    solves exactly at the point where it was made; above that the Kronecker preconditioner that the learner's outputs
+    give, else a Nystrom sketch, and, for dy <= 12,000, a Cholesky factor, each made, or made anew, once the iterations it
+    could have saved have cost as much. Until then the Ritz vectors of a solve serve the next ones, where the outputs give
+    nothing. CG is reorthogonalised in float32, and in float64 where it is to leave Ritz vectors, for up to a million
+    numbers (up to 1 GB of residuals).
 
     Args:
         solver: 'auto', 'cg', 'minres', 'cholesky' (a factor at every point) or 'chebyshev' (the published expansion
@@ -107,7 +109,7 @@ class LowerSystems:
         if self.solver != "auto":
             return self.solver
         kind = {CholeskyFactor: "a Cholesky factor of", NystromPreconditioner: "CG with a Nystrom sketch of rank",
-                BlockPreconditioner: "CG with the outputs' blocks of size"}  # fmt: skip
+                KroneckerPreconditioner: "CG with a Kronecker preconditioner, its corner of"}  # fmt: skip
         if self.kept.is_recycled():
             return f"CG with {self.factor.U.shape[1]} Ritz vectors, kept"
         return "CG" if self.factor is None else f"{kind[type(self.factor)]} {self.kept.level}, kept"
@@ -150,22 +152,21 @@ class LowerSystems:
         plain = Ladder.plain(n, at.y.dtype)
         if not calls:
             return plain
-        size = block_size(calls)
-        own = size is not None and not is_exact(n) and size * n * at.y.element_size() <= SKETCH_BYTES
-        prices = {size: block_price(calls)} if own else {k: v for k, v in plain.prices.items() if k < n}
+        d = calls[0].index.shape[0]
+        fits = not is_exact(n) and d**2 * at.y.element_size() <= SKETCH_BYTES
+        kronecker = {rows: kronecker_price(calls, r) for rows, r in corner_ranks(calls).items() if rows < n} if fits else {}
+        prices = dict(kronecker) or {k: v for k, v in plain.prices.items() if k < n}
         if n in plain.prices:
             prices[n] = self.factor_price(at)
-        return Ladder(n, prices, size if own else None, 1.5 * n**2 / one_product(calls))  # memory-bound
+        applying = {n: factor_application(calls, n), **{rows: kronecker_application(calls, rows) for rows in kronecker}}
+        return Ladder(n, prices, tuple(kronecker), applying)
 
     def solve_price(self, at: Linearisation) -> float:
         """What a solve to five decades costs by now, in products with one vector."""
         ladder = self.ladder(at)
         if is_exact(ladder.n):
-            return 1 + ladder.applying
-        decades = 5.0
-        if self.kept.rate is None:
-            return ladder.n / 16
-        return self.kept.rate * decades * (1 + ladder.applying if self.kept.is_cholesky() else 1)
+            return ladder.step(ladder.n)
+        return ladder.n / 16 if self.kept.rate is None else self.kept.rate * 5.0 * ladder.step(self.kept.level)
 
     def _tested_calls(self, at: Linearisation) -> list[LinearCall]:
         """As ``calls``, once the Hessian at one point was seen to be that of its outputs."""
@@ -192,8 +193,8 @@ class LowerSystems:
         if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
-            exact = self._make(at, self.kept.due(ladder))
-        if exact is None and ladder is not None and ladder.blocks is not None and not b.is_cuda and self.kept.expects_many(tol):
+            exact = self._make(at, self.kept.due(ladder, tol))
+        if exact is None and ladder is not None and ladder.kronecker and not b.is_cuda and self.kept.expects_many(tol):
             self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
         A = self.operator(at)
         if self.solver == "chebyshev":
@@ -207,7 +208,7 @@ class LowerSystems:
         columns = 1 if b.dim() == 1 else b.shape[1]
         renewable = self.solver == "auto" and self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
-        wanted = self.kept.ritz_wanted(len(b), b.dtype) if ladder is not None and ladder.blocks is None and columns == 1 else 0
+        wanted = self.kept.ritz_wanted(len(b), b.dtype) if ladder is not None and not ladder.kronecker and columns == 1 else 0
         result = self._cg(A, b, tol, x0, limit, self.factor, wanted)
         if self.kept.is_recycled() and not result.ok:
             self.kept.give_up()
@@ -344,15 +345,14 @@ class LowerHessian(LinearOperator):
     def count_replayed(self, products: int) -> None:
         self.at.objective._count("products", products)
 
-    @property
-    def blocks(self) -> int | None:
-        """The size of ``block_preconditioner``'s blocks, where there is one."""
-        return self.systems.ladder(self.at).blocks
-
-    def block_preconditioner(self) -> BlockPreconditioner:
-        """By the learner's outputs. Look at ``.ok``."""
+    def kronecker_preconditioner(self, rows: int) -> KroneckerPreconditioner | None:
+        """By the learner's outputs, with a corner of so many rows. Look at ``.ok``. None: its ladder has none such."""
+        if rows not in self.systems.ladder(self.at).kronecker:
+            return None
         outputs = self.systems.outputs(self.at)
-        return BlockPreconditioner.none() if outputs is None else outputs.preconditioner(self.systems.damping)
+        if outputs is None:
+            return KroneckerPreconditioner.none()
+        return outputs.preconditioner(corner_ranks(outputs.calls)[rows], self.systems.damping)
 
     def to_dense(self) -> Tensor:
         """(dy, dy)."""

@@ -16,6 +16,7 @@ from ..lower.kept import BLOCK_DISCOUNT
 from ..outputs import (
     LinearCall,
     dense_multiplications,
+    eigenvectors,
     in_products,
     one_product,
     price,
@@ -27,8 +28,8 @@ from .evaluation import require_solution
 
 #: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.
 DENSE_BLOCK, BLOCK_NUMBERS = 256, 2**25
-#: products of a typical Krylov model, multiplications of eigenvectors over n^3.
-KRYLOV_PRODUCTS, EIGENVECTORS = 40, 10
+#: products of a typical Krylov model.
+KRYLOV_PRODUCTS = 40
 
 
 class HyperHessian(LinearOperator):
@@ -113,7 +114,7 @@ class HyperHessian(LinearOperator):
         if worth is None:
             return False
         calls = self.systems.calls(self.lo.objective, self.lo.x, self.lo.y)
-        worth += in_products(calls, EIGENVECTORS * self.n**3)
+        worth += in_products(calls, eigenvectors(calls, self.n))
         return worth <= KRYLOV_PRODUCTS * (3 + 2 * self.systems.solve_price(self.lo))
 
     def _by_outputs(self) -> bool:

@@ -10,14 +10,17 @@ declares this: the calls are found by watching the loss, the blocks by a few pro
 multiplies random vectors as the true Hessian does.
 """
 
-from .blocks import BlockPreconditioner
 from .calls import LinearCall, watch
 from .hessian import OutputHessian
+from .kronecker import KroneckerPreconditioner
 from .prices import (
-    block_price,
-    block_size,
+    corner_ranks,
     dense_multiplications,
+    eigenvectors,
+    factor_application,
     in_products,
+    kronecker_application,
+    kronecker_price,
     one_product,
     price,
     products_to_factor,
@@ -25,6 +28,7 @@ from .prices import (
 )
 
 __all__ = [
-    "BlockPreconditioner", "LinearCall", "OutputHessian", "block_price", "block_size", "dense_multiplications", "in_products",
-    "one_product", "price", "products_to_factor", "times_multiplications", "watch",
+    "KroneckerPreconditioner", "LinearCall", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
+    "factor_application", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
+    "products_to_factor", "times_multiplications", "watch",
 ]  # fmt: skip

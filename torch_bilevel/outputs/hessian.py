@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..derivatives import fast_products
 from ..folding import multiply
-from .blocks import BlockPreconditioner
 from .calls import LinearCall, Watch
-from .prices import block_bands, times_multiplications
+from .kronecker import KroneckerPreconditioner
+from .pairs import add_pairs
+from .prices import times_multiplications
 
 if TYPE_CHECKING:
     from ..derivatives import Linearisation
@@ -90,7 +92,7 @@ class OutputHessian:
             group = [(call.X, B) for call, B in rest if torch.equal(call.index, index)]
             rest = [(call, B) for call, B in rest if not torch.equal(call.index, index)]
             place = index.T.reshape(-1)
-            G = _add_pairs(H.new_zeros(len(place), len(place)), group, *index.shape)
+            G = add_pairs(H.new_zeros(len(place), len(place)), group, *index.shape)
             if len(place) == dy:  # all of y, in another order
                 back = torch.argsort(place)
                 H += G[back[:, None], back]
@@ -105,17 +107,10 @@ class OutputHessian:
         step = max(1, COLUMN_NUMBERS // max(len(c.X) * c.index.shape[1] for c in self.calls))
         return torch.cat([self.yy(block) for block in W.split(step, dim=1)], dim=1)
 
-    def preconditioner(self, damping: float = 0.0) -> BlockPreconditioner:
-        """For h_yy + damping I. Calls must share their weights."""
-        index = self.calls[0].index
-        U = torch.linalg.eigh(torch.cat(self.blocks).mean(0))[1]
-        diagonal = self.diagonal + damping
-        blocks = torch.diag_embed((diagonal[index] @ U**2).mT.contiguous())
-        for call, B in zip(self.calls, self.blocks):
-            weights = torch.einsum("nkl,ka,la->na", B, U, U)
-            for k in range(len(blocks)):
-                blocks[k] += multiply(call.X.mT, weights[:, k, None] * call.X)
-        return BlockPreconditioner(blocks, U, index, diagonal)
+    def preconditioner(self, rank: int, damping: float = 0.0) -> KroneckerPreconditioner:
+        """For h_yy + damping I, with a corner of ``rank`` inputs. Calls must share their weights. Look at ``.ok``."""
+        inputs, index = [call.X for call in self.calls], self.calls[0].index
+        return KroneckerPreconditioner(inputs, self.blocks, index, self.diagonal + damping, rank)
 
     def dense_yx(self) -> Tensor:
         """(dy, dx), from ``cross``. Cost: n d K multiplications."""
@@ -136,7 +131,7 @@ def output_blocks(
     x = x.clone().requires_grad_(True)
     shifts = {c.number: torch.zeros(c.shape, dtype=y.dtype, device=y.device, requires_grad=True) for c in calls}
     outputs = list(shifts.values())
-    with torch.enable_grad(), Watch(shifts=shifts):
+    with torch.enable_grad(), fast_products(x, y), Watch(shifts=shifts):
         h = function(x, y)
     gx, *gradients = torch.autograd.grad(h, [x, *outputs], create_graph=True, allow_unused=True)
     blocks = []
@@ -154,28 +149,6 @@ def output_blocks(
                  if C is not None and len(call.X) == len(x) and bool(C.any())]  # fmt: skip
         cross = found[0] if len(found) == 1 else None
     return blocks, cross
-
-
-def _add_pairs(G: Tensor, group: list[tuple[Tensor, Tensor]], d: int, K: int) -> Tensor:
-    """G + sum of X' diag(B_kl) X over the (X, B) of the group, at rows k d and columns l d of G (K d, K d); in place.
-
-    Each block is symmetric, like the whole: bands of its rows are formed from the diagonal on, the rest is a copy.
-    """
-    bands = block_bands(d)
-    step = K if len(bands) == 1 else 1
-    group = [(X.mT.contiguous(), B.permute(1, 2, 0).contiguous()) for X, B in group]
-    for k in range(K):
-        for start in range(k, K, step):
-            stop = min(K, start + step)
-            for X_t, B in group:
-                scaled = (B[k, start:stop, None] * X_t).view(-1, X_t.shape[1])
-                for a, b in bands:
-                    G[k * d + a : k * d + b, start * d + a : stop * d] += multiply(X_t[a:b], scaled[a:].mT)
-            for a, b in bands[:-1]:
-                G[k * d + b : (k + 1) * d, start * d + a : start * d + b] = G[k * d + a : k * d + b, start * d + b : stop * d].mT
-        here = slice(k * d, (k + 1) * d)
-        G[(k + 1) * d :, here] = G[here, (k + 1) * d :].mT
-    return G
 
 
 def _rows(gradient: Tensor, z: Tensor, cotangents: Tensor) -> Tensor:

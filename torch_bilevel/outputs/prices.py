@@ -11,8 +11,16 @@ from .calls import PROBES, LinearCall
 GEMM = {"cpu": 0.4, "cuda": 0.15}
 #: multiplications of a product with a vector that take as long as the calls it is made of
 LEAST = {"cpu": 1_000_000, "cuda": 400_000_000}
+#: multiplications of all eigenvectors of an (n, n) matrix over n^3, and how many take as long as one of its n steps at least
+EIGENVECTORS, STEP = 10, {"cpu": 0, "cuda": 500_000_000}
+#: multiplications of a product with a vector that take as long as reading a number of a factor that no cache holds
+READ = {"cpu": 8, "cuda": 1.5}
+#: the same of one that a cache holds, up to so many rows
+CACHED, CACHED_ROWS = 1.5, 2000
+#: rows of the corner of a ``KroneckerPreconditioner``: made soon, and for many solves
+CORNERS = (400, 1600)
 #: bands of rows of a symmetric block X' D X, from so many columns of X on
-BANDS, WIDE = 3, 128
+BANDS, WIDE = 4, 128
 
 
 def in_products(calls: list[LinearCall], multiplications: float) -> float:
@@ -63,15 +71,34 @@ def price(calls: list[LinearCall], more: float = 0.0) -> float:
     return products_to_factor(calls) + in_products(calls, dense_multiplications(calls) + more)
 
 
-def block_size(calls: list[LinearCall]) -> int | None:
-    """Of a ``BlockPreconditioner``; None where the calls do not share their weights, or have one output only."""
+def eigenvectors(calls: list[LinearCall], n: int) -> float:
+    """Multiplications in large matrix products that take as long as all eigenvectors of an (n, n) matrix."""
+    return EIGENVECTORS * n**3 + STEP[_kind(calls)] * n
+
+
+def corner_ranks(calls: list[LinearCall]) -> dict[int, int]:
+    """Rows of the corner, 1 for none -> its inputs r, of the ``KroneckerPreconditioner`` that may be made, ascending; empty
+    where the calls do not share their weights, or have one output only."""
     index = calls[0].index
-    same = all(torch.equal(call.index, index) for call in calls[1:])
-    return index.shape[0] if same and index.shape[1] > 1 else None
+    d, K = index.shape
+    if K == 1 or not all(torch.equal(call.index, index) for call in calls[1:]):
+        return {}
+    return {max(1, r * K): r for r in (min(d, rows // K) for rows in CORNERS)}
 
 
-def block_price(calls: list[LinearCall]) -> float:
-    """The time of a ``BlockPreconditioner``, in products with a vector."""
+def kronecker_price(calls: list[LinearCall], r: int) -> float:
+    """The time of a ``KroneckerPreconditioner`` with a corner of r inputs, in products with a vector."""
+    (d, K), n = calls[0].index.shape, sum(len(call.X) for call in calls)
+    made = n * (banded(d) + d * r + banded(r) * K * (K + 1) / 2) + (r * K) ** 3
+    return products_to_factor(calls) + in_products(calls, made + eigenvectors(calls, d))
+
+
+def kronecker_application(calls: list[LinearCall], rows: int) -> float:
+    """The time of applying a ``KroneckerPreconditioner`` with a corner of so many rows, in products with a vector."""
     d, K = calls[0].index.shape
-    made = sum(len(call.X) for call in calls) * d**2 * K + d**3 * K
-    return products_to_factor(calls) + in_products(calls, made)
+    return (2 * d**2 * K + CACHED * rows**2) / one_product(calls)
+
+
+def factor_application(calls: list[LinearCall], n: int) -> float:
+    """The time of applying a Cholesky factor of size n, in products with a vector."""
+    return (CACHED if n <= CACHED_ROWS else READ[_kind(calls)]) * n**2 / one_product(calls)
