@@ -405,6 +405,21 @@ def test_features_without_regulariser_have_a_preconditioner_where_the_data_curve
     assert float(torch.linalg.eigvalsh(P(torch.eye(d * K, dtype=D)))[0]) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softmax_without_regulariser_has_no_preconditioner_and_is_solved_without(dtype, large):
+    """Its logits may be shifted alike: a direction without curvature, along which the gradients are zero up to rounding."""
+
+    def g(x, y):
+        return (x.sigmoid() * ce(F.linear(X.to(y), y.view(CLASSES, FEATURES)))).mean()
+
+    p = problem(g, N, CLASSES * FEATURES, dtype=dtype)
+    at = recorded(p, lower=1.0)
+    assert not found(at).preconditioner(1).ok
+    b, systems = at.yy(p.y), LowerSystems()
+    for _ in range(3):
+        assert systems.solve(at, b, tol=1e-4).ok
+
+
 def test_what_is_not_positive_definite_is_no_preconditioner():
     def g(x, y):
         return (x.sigmoid() * ce(F.linear(X.to(y), y.view(CLASSES, FEATURES)))).mean() - (y * y).sum()

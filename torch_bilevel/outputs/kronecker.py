@@ -28,7 +28,7 @@ class KroneckerPreconditioner:
         rank: r, from 0 to d.
 
     Attributes:
-        ok: whether it is positive definite.
+        ok: whether it is positive definite, by more than rounding.
 
     Cost: n (d^2 + (r K)^2) / 2 + n d r multiplications, the eigenvectors of a (d, d) and the inverse of a (r K, r K) matrix;
         an application 2 d^2 K + (r K)^2. Memory: d^2 + (r K)^2 numbers.
@@ -45,7 +45,8 @@ class KroneckerPreconditioner:
         spread, self.U = torch.linalg.eigh(torch.cat(blocks).mean(0))
         gamma, self.Q = _basis(inputs, [B.diagonal(dim1=1, dim2=2).mean(1) for B in blocks], own.mean(1))
         S = gamma[:, None] * (spread / spread.mean()) + (self.Q**2).mT @ own @ self.U**2
-        self.ok = bool(((S > 0) & S.isfinite()).all() & (self.diagonal > 0).all())
+        rounding = 100 * torch.finfo(S.dtype).eps * S.abs().amax(1, keepdim=True)
+        self.ok = bool(((S > rounding) & S.isfinite()).all() & (self.diagonal > 0).all())
         if not self.ok:
             return
         self.scale = S.rsqrt().unsqueeze(1)  # (d, 1, K)
