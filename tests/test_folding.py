@@ -179,3 +179,13 @@ def test_a_factorisation_by_halves_is_lapacks(overwrite, onednn, monkeypatch):
         assert int(info) == int(torch.linalg.cholesky_ex(A)[1]) == place + 1
         assert CholeskyFactor(A.clone(), overwrite=overwrite).factor_status is SolveStatus.NOT_POSITIVE_DEFINITE
         A[place, place] = 3.0
+
+
+@pytest.mark.parametrize("columns", [4, 5, 10, 12])
+def test_thin_float64_products_are_filled_up_and_cut_again(columns):
+    gen = torch.Generator().manual_seed(0)
+    a, b = torch.randn(200, 30, generator=gen, dtype=torch.float64), torch.randn(30, columns, generator=gen, dtype=torch.float64)
+    for left, right in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
+        found = folding.turn_over(left, right)
+        torch.testing.assert_close(found, a @ b, rtol=1e-13, atol=1e-13)
+        assert found.is_contiguous()

@@ -535,3 +535,21 @@ def test_a_matrix_is_chosen_where_it_costs_little_beside_a_krylov_model(monkeypa
     monkeypatch.setattr(prices, "EIGENVECTORS", 10)
     monkeypatch.setattr(calls, "SMALL", 10**9)
     assert kind() == "krylov"
+
+
+def test_products_go_by_few_outputs_only(monkeypatch):
+    """B (n, K, K) is read at every product: with many outputs the recorded graph is cheaper. Both count and agree."""
+    _, p = cleaning_problem()
+    at = recorded(p, lower=1.0)
+    systems = LowerSystems()
+    A, v = systems.operator(at), randn(3, p.dy)
+    assert systems.outputs(at) is not None
+    by, recorded_yy = [], at.yy
+    monkeypatch.setattr(at, "yy", lambda w: by.append("recorded") or recorded_yy(w))
+    few = A.matvec(v)
+    monkeypatch.setattr(prices, "FEW_OUTPUTS", 1)
+    counts = at.objective.counts.lower_products
+    many = A.matvec(v)
+    assert by == ["recorded"]
+    assert at.objective.counts.lower_products == counts + 1
+    torch.testing.assert_close(many, few)

@@ -98,7 +98,7 @@ def test_an_aged_sketch_is_renewed_at_its_level(decaying, monkeypatch):
 
 def test_a_model_asks_for_a_factor_only_where_its_solves_pay(decaying):
     keeper, ladder = KeptFactor(), Ladder.plain(N, torch.float64)
-    assert keeper.due_for_model(Ladder.plain(50, torch.float64)) == 50  # small: always
+    assert keeper.due_for_model(Ladder.plain(50, torch.float64), 1e-3) == 50  # small: always
     at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
     keeper.make(N, LowerSystems().operator(at), at)
 
@@ -107,9 +107,9 @@ def test_a_model_asks_for_a_factor_only_where_its_solves_pay(decaying):
                                 products=0, solver="cg"), 1e-3, 1, ladder)  # fmt: skip
 
     rate(3)
-    assert keeper.due_for_model(ladder) is None  # 60 solves save 60 iterations, a factor costs 200
+    assert keeper.due_for_model(ladder, 1e-3) is None  # 60 solves save 60 iterations, a factor costs 200
     rate(8)
-    assert keeper.due_for_model(ladder) == N
+    assert keeper.due_for_model(ladder, 1e-3) == N
 
 
 def test_negative_curvature_leaves_no_sketch():
@@ -243,3 +243,12 @@ def test_no_ritz_vectors_where_something_is_kept_or_a_factor_is_made_at_once():
     keeper = KeptFactor()
     keeper.factor = NystromPreconditioner(torch.eye(3, 1), torch.ones(1))
     assert keeper.ritz_wanted(5000, torch.float32) == 0
+
+
+def test_a_small_factor_is_made_for_a_model_where_stale_solves_would_take_more():
+    """At its own point it solves without a product: what is saved are all iterations and the check of the residual."""
+    keeper, ladder = KeptFactor(), Ladder.plain(50, torch.float64)
+    keeper.factor, keeper.level, keeper.rate, keeper._fresh = CholeskyFactor(torch.eye(50)), 50, 0.1, 0.1
+    assert keeper.due_for_model(ladder, 1e-3) == 50  # 60 times 1.3 against 25
+    keeper.rate = 0.0
+    assert keeper.due_for_model(Ladder(50, {50: 61.0}), 1e-3) is None

@@ -114,6 +114,10 @@ class CholeskyFactor:
 
     __call__ = solve
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """A x = L (L' x): (n,) -> (n,). Cost: n^2 multiplications twice."""
+        return self.L @ (self.L.mT @ x)
+
     def preconditioner(self) -> Preconditioner:
         """For many solves of a system near by: ``solve``; on CUDA the product with the inverse, made at the first call.
 

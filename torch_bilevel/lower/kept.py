@@ -31,8 +31,8 @@ AGED_SOLVE = 6
 MANY = 20
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000
-#: solves, and their decades of accuracy, that a hyper-Hessian or its Krylov model is reckoned to take.
-MODEL_SOLVES, MODEL_DECADES = 60, 3
+#: solves that a hyper-Hessian or its Krylov model is reckoned to take.
+MODEL_SOLVES = 60
 #: solves that a Kronecker preconditioner is reckoned to serve, and iterations per decade of accuracy where none was seen yet.
 FORESEEN, RATE = 4, 20
 #: solves after which a new factor's rate of convergence counts as known.
@@ -183,11 +183,14 @@ class KeptFactor:
             missed += FORESEEN * self._saved(RATE if self.rate is None else self.rate, decades_of(tol), ladder)[1]
         return self._due(ladder, self.spent, missed)
 
-    def due_for_model(self, ladder: Ladder) -> int | None:
-        """The level that should be made before the many solves of a hyper-Hessian, or None."""
+    def due_for_model(self, ladder: Ladder, tol: float) -> int | None:
+        """The level that should be made before the many solves to ``tol`` of a hyper-Hessian, or None."""
         if self.factor is None and is_exact(ladder.n):
             return next(iter(ladder.prices))
-        renewal, climb = self._saved(ladder.n / 16 if self.rate is None else self.rate, MODEL_DECADES, ladder)
+        rate, decades = ladder.n / 16 if self.rate is None else self.rate, decades_of(tol)
+        renewal, climb = self._saved(rate, decades, ladder)
+        if is_exact(ladder.n):
+            renewal = rate * decades + 1  # all of them and the check of the residual: at its own point the factor solves
         return self._due(ladder, self.spent + MODEL_SOLVES * renewal, self.missed + MODEL_SOLVES * climb)
 
     def _due(self, ladder: Ladder, spent: float, missed: float) -> int | None:

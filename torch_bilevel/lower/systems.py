@@ -32,6 +32,7 @@ from ..outputs import (
     kronecker_application,
     kronecker_price,
     price,
+    products_pay,
     products_to_factor,
     watch,  # fmt: skip
 )
@@ -187,14 +188,15 @@ class LowerSystems:
         Cost: counted as one solve per column; products as they come; a factorisation when one is made.
         """
         at.objective.counts.add(solves=1 if b.dim() == 1 else b.shape[1])
-        tol = tol if tol is not None else self.tol if self.tol is not None else default_tol(b.dtype)
+        tol = self._tolerance(b.dtype, tol)
         exact = at.factor
         ladder = self.ladder(at) if self.solver == "auto" and exact is None else None
         if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
             exact = self._make(at, self.kept.due(ladder, tol))
-        if exact is None and ladder is not None and ladder.kronecker and not b.is_cuda and self.kept.expects_many(tol):
+        own = exact is None and ladder is not None and bool(ladder.kronecker) and not b.is_cuda
+        if own and self.kept.expects_many(tol) and products_pay(self.calls(at.objective, at.x, at.y)):
             self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
         A = self.operator(at)
         if self.solver == "chebyshev":
@@ -225,7 +227,10 @@ class LowerSystems:
 
     def loosened(self, tol: float, most: float, dtype: torch.dtype) -> float:
         """``tol``, but at least the default relative residual, and at most ``most`` beyond that."""
-        return max(min(tol, most), self.tol if self.tol is not None else default_tol(dtype))
+        return max(min(tol, most), self._tolerance(dtype))
+
+    def _tolerance(self, dtype: torch.dtype, tol: float | None = None) -> float:
+        return tol if tol is not None else self.tol if self.tol is not None else default_tol(dtype)
 
     def _cg(self, A: LinearOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
             factor: Factor | None, recycle: int = 0) -> Solution:  # fmt: skip
@@ -246,14 +251,19 @@ class LowerSystems:
 
     @staticmethod
     def _direct(A: LinearOperator, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
-        """By the factor of this very matrix; the residual is checked on one column (it is rounding in all of them)."""
+        """By the factor of this very matrix; the residual is checked on one column (it is rounding in all of them).
+
+        A small factor multiplies itself there, which is less than a product.
+        """
         x = factor.solve(b)
         column, right = (x, b) if b.dim() == 1 else (x[:, 0], b[:, 0])
+        small = is_exact(factor.n)
+        back = factor.multiply(column) if small else A.matvec(column)
         size = torch.linalg.vector_norm(right)
-        residual = torch.linalg.vector_norm(A.matvec(column) - right) / torch.where(size > 0, size, size + 1)
+        residual = torch.linalg.vector_norm(back - right) / torch.where(size > 0, size, size + 1)
         met = bool(residual <= tol) and bool(x.isfinite().all())
         status = SolveStatus.CONVERGED if met else SolveStatus.STAGNATION
-        return Solution(x=x, status=status, residual=residual, iterations=0, products=1, solver="cholesky")
+        return Solution(x=x, status=status, residual=residual, iterations=0, products=0 if small else 1, solver="cholesky")
 
     def _expand(self, A: LinearOperator, b: Tensor, tol: float) -> Solution:
         """The Chebyshev expansion on the kept interval; on a new one where that no longer holds the spectrum."""
@@ -269,8 +279,8 @@ class LowerSystems:
             self.spectrum = None  # the next point may be better
         return result
 
-    def prepare(self, at: Linearisation) -> None:
-        """Ready for the many solves of a hyper-Hessian at this point: a factor where they would pay for it.
+    def prepare(self, at: Linearisation, tol: float | None = None) -> None:
+        """Ready for the many solves (to ``tol``) of a hyper-Hessian at this point: a factor where they would pay for it.
 
         Decided once a point, as ``at.prepared`` says.
         """
@@ -280,7 +290,7 @@ class LowerSystems:
         if self.solver == "cholesky":
             self.factor_at(at)
         elif self.solver == "auto" and at.factor is None:
-            self._make(at, self.kept.due_for_model(self.ladder(at)))
+            self._make(at, self.kept.due_for_model(self.ladder(at), self._tolerance(at.y.dtype, tol)))
 
     def _make(self, at: Linearisation, level: int | None) -> CholeskyFactor | None:
         """What is due at this point; the factor if it is exact here."""
@@ -333,7 +343,7 @@ class LowerHessian(LinearOperator):
     def matvec(self, v: Tensor) -> Tensor:
         """(dy,) -> (dy,), or (dy, k) -> (dy, k)."""
         at, shift = self.at, self.systems.damping
-        if at.outputs is None:
+        if at.outputs is None or not products_pay(at.outputs.calls):
             result = at.yy(v)
         else:
             at.objective._count("products", 1 if v.dim() == 1 else v.shape[1])

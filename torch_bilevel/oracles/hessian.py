@@ -60,7 +60,7 @@ class HyperHessian(LinearOperator):
         columns = max(1, min(DENSE_BLOCK, BLOCK_NUMBERS // (lo.x.numel() + lo.y.numel())))
         super().__init__(lo.x.numel(), dtype=lo.x.dtype, device=lo.x.device, block_size=columns)
         self.lo, self.hi, self.terms, self.systems, self.tol = lo, hi, terms, systems, tol
-        systems.prepare(lo)  # serves hi as well, as a preconditioner: the two differ by O(delta)
+        systems.prepare(lo, tol)  # serves hi as well, as a preconditioner: the two differ by O(delta)
 
     def matvec(self, v: Tensor) -> Tensor:
         """(dx,) -> (dx,)."""

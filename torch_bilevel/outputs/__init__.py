@@ -23,6 +23,7 @@ from .prices import (
     kronecker_price,
     one_product,
     price,
+    products_pay,
     products_to_factor,
     times_multiplications,
 )
@@ -30,5 +31,5 @@ from .prices import (
 __all__ = [
     "KroneckerPreconditioner", "LinearCall", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
     "factor_application", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
-    "products_to_factor", "times_multiplications", "watch",
+    "products_pay", "products_to_factor", "times_multiplications", "watch",
 ]  # fmt: skip

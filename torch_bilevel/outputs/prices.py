@@ -8,15 +8,19 @@ from ..folding import bands
 from .calls import PROBES, LinearCall
 
 #: a multiplication inside a large matrix product over one inside a product with a vector, in time, by kind of device
-GEMM = {"cpu": 0.4, "cuda": 0.15}
+GEMM = {"cpu": 0.6, "cuda": 0.15}
 #: multiplications of a product with a vector that take as long as the calls it is made of
 LEAST = {"cpu": 1_000_000, "cuda": 400_000_000}
+#: the same of what is done to one output of one sample beside the product, exponentials and sums
+OUTPUT = {"cpu": 500, "cuda": 0}
 #: multiplications of all eigenvectors of an (n, n) matrix over n^3, and how many take as long as one of its n steps at least
 EIGENVECTORS, STEP = 10, {"cpu": 0, "cuda": 500_000_000}
 #: multiplications of a product with a vector that take as long as reading a number of a factor that no cache holds
 READ = {"cpu": 8, "cuda": 1.5}
 #: the same of one that a cache holds, up to so many rows
 CACHED, CACHED_ROWS = 1.5, 2000
+#: outputs up to which a product by B (n, K, K) is cheaper than the recorded one, on a CPU
+FEW_OUTPUTS = 16
 #: rows of the corner of a ``KroneckerPreconditioner``: made soon, and for many solves
 CORNERS = (400, 1600)
 #: bands of rows of a symmetric block X' D X, from so many columns of X on
@@ -39,8 +43,14 @@ def products_to_factor(calls: list[LinearCall]) -> int:
 
 
 def one_product(calls: list[LinearCall]) -> float:
-    """Multiplications of a product with h_yy, at least as many as take the time of its calls."""
-    return max(LEAST[_kind(calls)], sum(2 * len(c.X) * c.index.numel() for c in calls))
+    """Multiplications that take as long as a product with h_yy, with what is done to the outputs and at least its calls."""
+    kind = _kind(calls)
+    return max(LEAST[kind], sum(2 * len(c.X) * c.index.numel() + OUTPUT[kind] * len(c.X) * c.index.shape[1] for c in calls))
+
+
+def products_pay(calls: list[LinearCall]) -> bool:
+    """Whether a product with one vector by the outputs' Hessian, once that is known, is cheaper than a recorded one."""
+    return max(call.index.shape[1] for call in calls) <= FEW_OUTPUTS
 
 
 def dense_multiplications(calls: list[LinearCall]) -> float:
