@@ -416,3 +416,13 @@ def test_missing_data_says_so():
     bare = tb.BilevelProblem(problem.learner, problem.hyper, problem._losses["lower"], problem._losses["upper"])
     with pytest.raises(ProblemError, match="no data"):
         tb.minimize(bare)
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    path = tmp_path / "run.pt"
+    tb.minimize(nonconvex().problem(), "lfsba", max_steps=2, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    state["run"]["version"] = 1
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match="state version 1.*start anew"):
+        tb.minimize(nonconvex().problem(), "lfsba", max_steps=4, checkpoint=path, resume=True)

@@ -15,7 +15,8 @@ from ..oracles import Evaluation, HyperOracle
 from ..problem import BilevelProblem
 from ..results import StepReport
 
-STATE_VERSION = 1
+#: of what a run's state holds, anything below it included (oracles, what systems keep): one more with every change of that
+STATE_VERSION = 2
 
 
 class Method(ABC):
@@ -141,7 +142,10 @@ class Run(ABC):
     def check_method(self, state: dict[str, Any]) -> None:
         """ConfigError unless the state is of this version and method."""
         if state.get("version") != STATE_VERSION:
-            raise ConfigError(f"checkpoint: expected version {STATE_VERSION}, got {state.get('version')!r}")
+            raise ConfigError(
+                f"checkpoint: written with state version {state.get('version')!r}, this torch_bilevel has {STATE_VERSION};"
+                " go on with the one that wrote it, or start anew (without resume, or with the file deleted)"
+            )
         if state["method"] != self.method.name:
             raise ConfigError(f"checkpoint of method {state['method']!r}, but this run uses {self.method.name!r}")
 
