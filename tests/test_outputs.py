@@ -11,7 +11,7 @@ import torch_bilevel as tb
 from tests.reference import Reference, blocks, cleaning
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.linalg import LinearOperator, cg
+from torch_bilevel.linalg import LinearOperator, cg, own_stream
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.methods import model
 from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, calls, prices
@@ -553,3 +553,24 @@ def test_products_go_by_few_outputs_only(monkeypatch):
     assert by == ["recorded"]
     assert at.objective.counts.lower_products == counts + 1
     torch.testing.assert_close(many, few)
+
+
+def test_the_kronecker_preconditioner_on_each_device(device):
+    """Applied to a vector and to columns, and within CG on the stream where steps are replayed."""
+    n, d, K = 40, 12, 4
+    A, t = randn(1, n, d).to(device), torch.arange(n, device=device) % K
+
+    def g(x, y):
+        return (x.sigmoid() * F.cross_entropy(A @ y.view(d, K), t, reduction="none")).mean() + 0.01 * (y * y).sum()
+
+    p = tb.BilevelProblem.from_functions(lambda x, y: y.square().sum() + 0 * x.sum(), g, randn(2, n).to(device),
+                                         randn(3, d * K).to(device), check=False)  # fmt: skip
+    with own_stream(torch.device(device)):
+        at = Objective(p, lower=1.0, counts=OracleCounts()).linearise(p.x, p.y, "y")
+        P, b = found(at).preconditioner(3), randn(4, d * K).to(device)
+        solution = cg(LowerSystems().operator(at), b, tol=1e-9, preconditioner=P, reorthogonalise=True)
+    assert solution.ok
+    assert P(b).device == b.device
+    inverse = P(torch.eye(d * K, dtype=D, device=device))
+    torch.testing.assert_close(P(b), inverse @ b)
+    assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-8 * torch.linalg.vector_norm(b)
