@@ -314,11 +314,11 @@ def test_damping_is_part_of_the_factor():
     torch.testing.assert_close(systems.operator(at).matvec(p.y), A @ p.y)
 
 
-def badly_scaled():
+def badly_scaled(least=-5, most=3):
     """Softmax with an L2 weight per feature over eight decades, where plain CG crawls."""
     n, d, K = 60, 20, 5
     A, t = randn(10, n, d), torch.arange(n) % K
-    weights = torch.logspace(-5, 3, d, dtype=D)
+    weights = torch.logspace(least, most, d, dtype=D)
 
     def g(x, y):
         W = y.view(K, d)
@@ -456,9 +456,11 @@ def test_the_ladder_goes_by_the_kronecker_preconditioner(large, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["lbfgs", "auto", "dlcrn", "lfsba", "slcrn", "lazy_slcrn"])
-@pytest.mark.parametrize("size", ["factors", "preconditioners"])
+@pytest.mark.parametrize("size", ["factors", "preconditioners", "float32"])
 def test_resume_is_the_uninterrupted_run(method, size, tmp_path, monkeypatch):
-    if size == "preconditioners":
+    if size == "float32":
+        monkeypatch.setattr(prices, "WORTH_SINGLE", 0)
+    if size != "factors":
         monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 10)
         monkeypatch.setattr(prices, "CORNERS", (2, 4))
 
@@ -574,3 +576,36 @@ def test_the_kronecker_preconditioner_on_each_device(device):
     inverse = P(torch.eye(d * K, dtype=D, device=device))
     torch.testing.assert_close(P(b), inverse @ b)
     assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-8 * torch.linalg.vector_norm(b)
+
+
+@pytest.fixture
+def mixed(large, monkeypatch):
+    """Float64 systems of a test's size count as dear enough for float32 recursions."""
+    monkeypatch.setattr(prices, "WORTH_SINGLE", 0)
+
+
+def test_float64_systems_are_solved_by_float32_products(mixed):
+    _, p = cleaning_problem()
+    systems, at = LowerSystems(), recorded(p, lower=1.0)
+    dense = at.yy(torch.eye(p.dy, dtype=D))
+    for b in (randn(5, p.dy), randn(6, p.dy, 3)):
+        before = at.objective.counts.lower_products
+        found = systems.solve(at, b, tol=1e-10)
+        assert found.ok
+        torch.testing.assert_close(found.x, torch.linalg.solve(dense, b), rtol=1e-7, atol=1e-7)
+        assert at.objective.counts.lower_products - before >= found.products
+    assert systems._single
+    assert at.outputs.single.calls[0].X.dtype is torch.float32
+    assert at.outputs.calls[0].single is at.outputs.calls[0].single  # kept
+    if systems.factor is not None:
+        assert systems.factor.Q.dtype is torch.float32
+
+
+def test_where_float32_is_too_rough_float64_takes_over_for_good(mixed, monkeypatch):
+    monkeypatch.setattr(kept, "FORESEEN", 0)
+    p = badly_scaled(-6, 3)
+    systems, at, b = LowerSystems(), recorded(p, lower=1.0), randn(7, p.dy)
+    found = systems.solve(at, b, tol=1e-11)
+    assert found.ok
+    assert not systems._single
+    assert torch.linalg.vector_norm(at.yy(found.x) - b) <= 1e-11 * torch.linalg.vector_norm(b)

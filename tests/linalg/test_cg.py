@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torch_bilevel.linalg import SolveStatus, cg, jacobi
+from torch_bilevel.linalg import FunctionOperator, SolveStatus, cg, jacobi
 
 
 def test_iterates_minimise_the_energy_over_the_krylov_space(symmetric, gaussian):
@@ -145,3 +145,28 @@ def test_ritz_vectors_are_for_one_plain_column(symmetric, gaussian):
     assert cg(A, gaussian(60, 2), reorthogonalise=True, recycle=4).ritz is None
     assert cg(A, gaussian(60), reorthogonalise=True, recycle=4, preconditioner=jacobi(A.diagonal())).ritz is None
     assert cg(A, A[:, 0] * 0, reorthogonalise=True, recycle=4).ritz is None
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+def test_a_float32_recursion_answers_to_float64_accuracy(symmetric, gaussian, counter, columns):
+    """Mixed-precision refinement: most products are rough, few are of A, and all are counted."""
+    n = 60
+    A = symmetric(torch.logspace(0, 3, n, dtype=torch.float64))
+    b = gaussian(n) if columns is None else gaussian(n, columns)
+    exact, rough = counter(A), FunctionOperator(n, lambda v: A.float() @ v, lambda V: A.float() @ V, dtype=torch.float32)
+    preconditioner = jacobi(A.diagonal().float())
+    for given in (None, preconditioner):
+        exact.count = 0
+        found = cg(exact, b, tol=1e-12, rough=rough, preconditioner=given, reorthogonalise=True)
+        assert found.ok
+        assert found.x.dtype is torch.float64
+        torch.testing.assert_close(found.x, torch.linalg.solve(A, b), rtol=1e-9, atol=1e-9)
+        assert exact.count <= 4 * (columns or 1)  # one a cycle and column
+        assert found.products >= found.iterations + exact.count / (columns or 1)
+
+
+def test_a_float32_recursion_that_cannot_help_says_so(symmetric, gaussian):
+    n = 60
+    A = symmetric(torch.logspace(0, 11, n, dtype=torch.float64))
+    rough = FunctionOperator(n, lambda v: A.float() @ v, dtype=torch.float32)
+    assert not cg(A, gaussian(n), tol=1e-6, rough=rough, reorthogonalise=True, max_iterations=300).ok

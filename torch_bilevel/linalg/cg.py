@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ from .solution import Solution
 EAGER, EAGER_PRECONDITIONED = 2, 6
 #: replayed steps between looks
 LOOK = 10
+#: relative residual of a recursion in float32, at most
+REACH = 1e-5
 #: what a step changes
 _NUMBERS = ("e", "r", "p", "rho", "p_norm2", "largest")
 
@@ -42,6 +46,7 @@ def cg(
     reorthogonalise: bool = False,
     recycle: int = 0,
     check_every: int | None = None,
+    rough: LinearOperator | None = None,
 ) -> Solution:
     """Preconditioned conjugate gradients for a symmetric positive definite A.
 
@@ -63,6 +68,10 @@ def cg(
             ``check_every``; else None.
         check_every: steps between looks at the convergence mask, each of which waits for the GPU; default 1, and 10
             where steps are replayed. With a number of your own nothing is replayed.
+        rough: A as an operator in float32. The recursion then runs on it, in float32, to a residual of REACH at most; A itself
+            gives the residuals of which the next recursion starts (mixed-precision iterative refinement), so that the answer
+            is as good as without where the condition number is below some 1e6; else it stagnates. The preconditioner is
+            given float32. Products with it count like those with A.
 
     Returns:
         A ``Solution`` whose residual is recomputed; NEGATIVE_CURVATURE carries the direction and its
@@ -76,7 +85,7 @@ def cg(
         1 GB: later residuals are orthogonalised against those that fit.
 
     References: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, 4th ed., section 11.5;
-        van der Vorst and Ye 2000 (residual replacement).
+        van der Vorst and Ye 2000 (residual replacement); Higham and Mary 2022 (mixed precision).
 
     Example:
         >>> import torch
@@ -86,8 +95,13 @@ def cg(
     A = as_operator(A)
 
     def run(R: Tensor, target: Tensor, budget: int) -> Cycle:
-        recursion = _Recursion(A, R, target, preconditioner, reorthogonalise, check_every, recycle)
-        return recursion.run(budget)
+        if rough is None:
+            return _Recursion(A, R, target, preconditioner, reorthogonalise, check_every, recycle).run(budget)
+        low = rough.dtype
+        recursion = _Recursion(rough, R.to(low), target.clamp(min=REACH).to(low), preconditioner, reorthogonalise, check_every, 0)
+        cycle = recursion.run(budget)
+        direction = None if cycle.direction is None else cycle.direction.to(R.dtype)
+        return replace(cycle, E=cycle.E.to(R.dtype), direction=direction)
 
     return refine(A, b, run, solver="cg", tol=tol, atol=atol, max_iterations=max_iterations, x0=x0)
 

@@ -29,6 +29,8 @@ AGED_SOLVE = 6
 #: iterations from which the outputs' Hessian pays for products alone: finding it takes products itself, K + 4 of them, and each
 #: product by it saves a part of one.
 MANY = 20
+#: the same where products in float32 then take the place of float64 ones.
+SOME = 5
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000
 #: solves that a hyper-Hessian or its Krylov model is reckoned to take.
@@ -156,9 +158,9 @@ class KeptFactor:
             if outgrown or self._seen >= FRESH_SOLVES and self.rate > WORN * self._fresh:
                 self.give_up()
 
-    def expects_many(self, tol: float) -> bool:
-        """Whether a solve to ``tol`` will take so many iterations that the outputs' Hessian, once found, saves its price."""
-        return self.rate is None or self.rate * decades_of(tol) >= MANY
+    def expects(self, tol: float) -> float:
+        """Iterations that a solve to ``tol`` will take, at the rate of late; infinite before the first one."""
+        return math.inf if self.rate is None else self.rate * decades_of(tol)
 
     def _saved(self, rate: float, decades: float, ladder: Ladder) -> tuple[float, float]:
         """Of a solve's cost in products, what the same level anew and what another one could save at least."""

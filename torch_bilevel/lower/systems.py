@@ -12,6 +12,7 @@ from ..errors import ConfigError, nearest
 from ..linalg import (
     CholeskyFactor,
     DenseOperator,
+    FunctionOperator,
     LinearOperator,
     NystromPreconditioner,
     Solution,
@@ -34,10 +35,11 @@ from ..outputs import (
     price,
     products_pay,
     products_to_factor,
+    single_pays,
     watch,  # fmt: skip
 )
 from ..problem import BilevelProblem
-from .kept import BLOCK_DISCOUNT, SKETCH_BYTES, Factor, KeptFactor, Ladder, is_exact
+from .kept import BLOCK_DISCOUNT, MANY, SKETCH_BYTES, SOME, Factor, KeptFactor, Ladder, is_exact
 
 SOLVERS = ("auto", "cg", "minres", "cholesky", "chebyshev")
 
@@ -94,6 +96,7 @@ class LowerSystems:
         self._spectrum_given = spectrum is not None
         self.kept = KeptFactor()
         self._calls: dict[str, tuple[Any, list[LinearCall]]] = {}  # kind of objective: data, calls
+        self._single = True  # whether float32 has served float64 systems so far
         self._by_outputs: dict[str, bool] = {}  # whether its Hessian was seen to be that of its outputs
 
     @property
@@ -195,10 +198,12 @@ class LowerSystems:
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
             exact = self._make(at, self.kept.due(ladder, tol))
-        own = exact is None and ladder is not None and bool(ladder.kronecker) and not b.is_cuda
-        if own and self.kept.expects_many(tol) and products_pay(self.calls(at.objective, at.x, at.y)):
-            self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
-        A = self.operator(at)
+        A, single = self.operator(at), False
+        if exact is None and ladder is not None and ladder.kronecker and not b.is_cuda:
+            calls = self.calls(at.objective, at.x, at.y)
+            single = self._single and single_pays(calls)
+            if products_pay(calls) and self.kept.expects(tol) >= (SOME if single else MANY):
+                self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
         if self.solver == "chebyshev":
             return self._expand(A, b, tol)
         if self.solver == "minres":
@@ -211,7 +216,11 @@ class LowerSystems:
         renewable = self.solver == "auto" and self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
         wanted = self.kept.ritz_wanted(len(b), b.dtype) if ladder is not None and not ladder.kronecker and columns == 1 else 0
-        result = self._cg(A, b, tol, x0, limit, self.factor, wanted)
+        rough = A.single if single and at.outputs is not None and not self.kept.is_cholesky() else None
+        result = self._cg(A, b, tol, x0, limit, self.factor, wanted, rough)
+        if rough is not None and not result.ok:
+            self._single = False
+            result = self._cg(A, b, tol, x0, limit, self.factor)
         if self.kept.is_recycled() and not result.ok:
             self.kept.give_up()
             result = self._cg(A, b, tol, x0, limit, None)
@@ -233,14 +242,15 @@ class LowerSystems:
         return tol if tol is not None else self.tol if self.tol is not None else default_tol(dtype)
 
     def _cg(self, A: LinearOperator, b: Tensor, tol: float, x0: Tensor | None, limit: int | None,
-            factor: Factor | None, recycle: int = 0) -> Solution:  # fmt: skip
+            factor: Factor | None, recycle: int = 0, rough: LinearOperator | None = None) -> Solution:  # fmt: skip
         """Preconditioned CG; without the factor once more where only its rounding may have shown negative curvature."""
         stored = b.numel() * (1 if factor is None else 2)
         affordable = stored <= 1_000_000
         preconditioner = factor.preconditioner() if isinstance(factor, CholeskyFactor) else factor
-        result = cg(A, b, tol=tol, x0=x0, preconditioner=preconditioner, max_iterations=limit,
-                    reorthogonalise=affordable and (b.dtype != torch.float64 or recycle > 0), recycle=recycle)  # fmt: skip
-        if result.status is SolveStatus.NEGATIVE_CURVATURE and factor is not None:
+        single = b.dtype != torch.float64 or rough is not None
+        result = cg(A, b, tol=tol, x0=x0, preconditioner=preconditioner, max_iterations=limit, recycle=recycle, rough=rough,
+                    reorthogonalise=affordable and (single or recycle > 0))  # fmt: skip
+        if result.status is SolveStatus.NEGATIVE_CURVATURE and factor is not None and rough is None:
             result = cg(A, b, tol=tol, max_iterations=self.max_iterations)
         return result
 
@@ -325,9 +335,11 @@ class LowerSystems:
     def state_dict(self) -> dict[str, Any]:
         """What is kept, for an exact resume."""
         interval = None if self.spectrum is None else [self.spectrum.lowest, self.spectrum.largest]
-        return {"kept": self.kept.state_dict(), "spectrum": interval, "by_outputs": dict(self._by_outputs)}
+        return {"kept": self.kept.state_dict(), "spectrum": interval, "by_outputs": dict(self._by_outputs),
+                "single": self._single}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
+        self._single = state["single"]
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
         self._by_outputs = dict(state["by_outputs"])
@@ -359,10 +371,25 @@ class LowerHessian(LinearOperator):
         """By the learner's outputs, with a corner of so many rows. Look at ``.ok``. None: its ladder has none such."""
         if rows not in self.systems.ladder(self.at).kronecker:
             return None
-        outputs = self.systems.outputs(self.at)
+        outputs, damping = self.systems.outputs(self.at), self.systems.damping
         if outputs is None:
             return KroneckerPreconditioner.none()
-        return outputs.preconditioner(corner_ranks(outputs.calls)[rows], self.systems.damping)
+        rank = corner_ranks(outputs.calls)[rows]
+        if single_pays(outputs.calls):
+            made = outputs.single.preconditioner(rank, damping)
+            if made.ok:
+                return made
+        return outputs.preconditioner(rank, damping)
+
+    @property
+    def single(self) -> LinearOperator:
+        """The same in float32, by the learner's outputs, which must be known here."""
+
+        def product(v: Tensor) -> Tensor:
+            self.at.objective._count("products", 1 if v.dim() == 1 else v.shape[1])
+            return self.at.outputs.single.yy(v) + self.systems.damping * v
+
+        return FunctionOperator(self.n, product, product, dtype=torch.float32, device=self.device, block_size=self.block_size)
 
     def to_dense(self) -> Tensor:
         """(dy, dy)."""

@@ -25,11 +25,13 @@ from .prices import (
     price,
     products_pay,
     products_to_factor,
+    single_pays,
     times_multiplications,
 )
 
 __all__ = [
     "KroneckerPreconditioner", "LinearCall", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
     "factor_application", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
-    "products_pay", "products_to_factor", "times_multiplications", "watch",
+    "products_pay", "products_to_factor", "single_pays",
+    "times_multiplications", "watch",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,11 @@ class LinearCall:
     shape: torch.Size
     X: Tensor
     index: Tensor
+
+    @cached_property
+    def single(self) -> LinearCall:
+        """The same with X in float32, kept."""
+        return self if self.X.dtype is torch.float32 else LinearCall(self.number, self.shape, self.X.float(), self.index)
 
 
 class Watch(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +66,11 @@ class OutputHessian:
             if _same(on_x[:, 0] * u[:, 1], on_x[:, 1], on_x[:, 1]):
                 self.xx = on_x[:, 0]
         return self
+
+    @cached_property
+    def single(self) -> OutputHessian:
+        """h_yy in float32, kept: without ``cross`` and ``xx``."""
+        return OutputHessian([call.single for call in self.calls], [B.float() for B in self.blocks], self.diagonal.float())
 
     def yy(self, v: Tensor) -> Tensor:
         """h_yy v for (dy,) or (dy, k)."""

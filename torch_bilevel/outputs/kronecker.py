@@ -70,8 +70,8 @@ class KroneckerPreconditioner:
         return self
 
     def __call__(self, R: Tensor) -> Tensor:
-        """P^{-1} R: (dy,) or (dy, k) -> same shape."""
-        (d, K), r, columns = self.index.shape, self.rank, R.reshape(len(R), -1)
+        """P^{-1} R: (dy,) or (dy, k) -> same shape and dtype; it is worked out in that of the inputs."""
+        (d, K), r, columns = self.index.shape, self.rank, R.reshape(len(R), -1).to(self.Q.dtype)
         k = columns.shape[1]
         V = (columns[self.index].mT @ self.U).reshape(d, k * K)
         V = multiply(self.Q.mT, V).view(d, k, K) * self.scale
@@ -80,7 +80,7 @@ class KroneckerPreconditioner:
         V = multiply(self.Q, (V * self.scale).view(d, k * K)).view(d, k, K)
         out = columns / self.diagonal[:, None]
         out[self.index] = (V @ self.U.mT).mT
-        return out.view(R.shape)
+        return out.view(R.shape).to(R.dtype)
 
 
 def _basis(inputs: list[Tensor], weights: list[Tensor], diagonal: Tensor) -> tuple[Tensor, Tensor]:

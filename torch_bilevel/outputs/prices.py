@@ -21,6 +21,8 @@ READ = {"cpu": 8, "cuda": 1.5}
 CACHED, CACHED_ROWS = 1.5, 2000
 #: outputs up to which a product by B (n, K, K) is cheaper than the recorded one, on a CPU
 FEW_OUTPUTS = 16
+#: multiplications of a product from which float32 in its place pays for finding B, on a CPU
+WORTH_SINGLE = 20_000_000
 #: rows of the corner of a ``KroneckerPreconditioner``: made soon, and for many solves
 CORNERS = (400, 1600)
 #: bands of rows of a symmetric block X' D X, from so many columns of X on
@@ -51,6 +53,13 @@ def one_product(calls: list[LinearCall]) -> float:
 def products_pay(calls: list[LinearCall]) -> bool:
     """Whether a product with one vector by the outputs' Hessian, once that is known, is cheaper than a recorded one."""
     return max(call.index.shape[1] for call in calls) <= FEW_OUTPUTS
+
+
+def single_pays(calls: list[LinearCall]) -> bool:
+    """Whether products by the outputs' Hessian in float32, once that is known, are much cheaper than recorded float64 ones."""
+    X = calls[0].X
+    large = sum(2 * len(call.X) * call.index.numel() for call in calls) >= WORTH_SINGLE
+    return X.dtype is torch.float64 and X.device.type == "cpu" and large and products_pay(calls)
 
 
 def dense_multiplications(calls: list[LinearCall]) -> float:
