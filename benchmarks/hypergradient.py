@@ -7,7 +7,8 @@ weights (7,850), an MLP (235,146); float32. The error is that of the whole hyper
 float64. Every contestant is tuned: the fewest steps of its solver (for ours: the loosest tolerance) that reach the
 error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal work: 20 products each.
 
-*Cold*: nothing kept. *Warm start*: from the adjoint of the outer step before; with the factor or sketch that the
+*Cold*: nothing kept (a preconditioner that 'auto' makes at once is part of it). *Warm start*: from the adjoint of the outer
+step before; with the factor or sketch that the
 library keeps from there, each of its levels by itself, and what making it cost. *Floor*: plain CG on closed-form
 products, two matrix products each. ``--device cuda``: everybody on the GPU.
 """
@@ -57,12 +58,12 @@ class Ours:
         level: None: cold, nothing kept. 0: started at the adjoint of the outer step before. n: also with what is kept
             from there, of rank n (n = dy: Cholesky), see ``lower.kept.Ladder``. "ritz": the Ritz vectors of that adjoint's
             solve.
+        plain: CG without a preconditioner, with which 'auto' may begin at once, for later.
     """
 
-    def __init__(self, setting: Setting, level: int | str | None):
+    def __init__(self, setting: Setting, level: int | str | None, plain: bool = False):
         self.setting = setting
-        small = is_exact(setting.dy)  # where 'auto' makes a factor at once, for later
-        self.oracle = tb.ImplicitOracle(setting.problem(), solver="cg" if small and not level else "auto")
+        self.oracle = tb.ImplicitOracle(setting.problem(), solver="cg" if plain or is_exact(setting.dy) and not level else "auto")
         self.preparation = 0.0
         if level is not None:
             oracle = tb.ImplicitOracle(self.oracle.problem, solver="auto" if level == "ritz" else "cg")
@@ -172,9 +173,11 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
     found, making, absent = [], {}, {}
     cold = Ours(setting, None)
     cold.run(1)  # before anything is timed
-    ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0)}
+    ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0, plain=True)}
     at = Objective(cold.oracle.problem, lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
     ladder = cold.systems.ladder(at)
+    if ladder.kronecker:
+        ours_by_name["ours, cold, no preconditioner"] = Ours(setting, None, plain=True)
     if cold.systems.kept.ritz_wanted(setting.dy, setting.x.dtype) and not ladder.kronecker:
         ours_by_name["ours, warm start, Ritz vectors"] = Ours(setting, "ritz")
     for level in ladder.prices:

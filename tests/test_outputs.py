@@ -420,6 +420,25 @@ def test_a_softmax_without_regulariser_has_no_preconditioner_and_is_solved_witho
         assert systems.solve(at, b, tol=1e-4).ok
 
 
+def test_a_small_regulariser_is_enough_in_float32():
+    """The shift of all logits has 1e-5 of the largest curvature, a hundred times float32's rounding."""
+    n, d, K = 60, 12, 5
+    A, t = randn(1, n, d).float(), torch.arange(n) % K
+
+    def g(x, y):
+        return F.cross_entropy(A @ y.view(d, K), t) + x.exp().sum() * (y * y).sum()
+
+    p = tb.BilevelProblem.from_functions(lambda x, y: f(x[:1], y), g, torch.full((1,), -13.0), 0.1 * randn(2, d * K).float())
+    at = recorded(p, lower=1.0)
+    P = found(at).preconditioner(6)
+    assert P.ok
+    H = at.yy(torch.eye(d * K))
+    condition = torch.linalg.cond(H.double())
+    assert condition > 3e4
+    values = torch.linalg.eigvals(P(H).double()).real
+    assert float(values.max() / values.min()) < 30
+
+
 def test_what_is_not_positive_definite_is_no_preconditioner():
     def g(x, y):
         return (x.sigmoid() * ce(F.linear(X.to(y), y.view(CLASSES, FEATURES)))).mean() - (y * y).sum()

@@ -43,9 +43,10 @@ class KroneckerPreconditioner:
         self.diagonal = torch.where(rest, diagonal, torch.ones_like(diagonal))
         own = diagonal[index]
         spread, self.U = torch.linalg.eigh(torch.cat(blocks).mean(0))
+        spread = spread.clamp(min=0)  # below is rounding, or a loss without convexity, which CG will find
         gamma, self.Q = _basis(inputs, [B.diagonal(dim1=1, dim2=2).mean(1) for B in blocks], own.mean(1))
         S = gamma[:, None] * (spread / spread.mean()) + (self.Q**2).mT @ own @ self.U**2
-        rounding = 100 * torch.finfo(S.dtype).eps * S.abs().amax(1, keepdim=True)
+        rounding = 10 * torch.finfo(S.dtype).eps * S.abs().amax(1, keepdim=True)
         self.ok = bool(((S > rounding) & S.isfinite()).all() & (self.diagonal > 0).all())
         if not self.ok:
             return
