@@ -7,10 +7,9 @@ weights (7,850), an MLP (235,146); float32. The error is that of the whole hyper
 float64. Every contestant is tuned: the fewest steps of its solver (for ours: the loosest tolerance) that reach the
 error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal work: 20 products each.
 
-*Cold*: nothing kept (a preconditioner that 'auto' makes at once is part of it). *Warm start*: from the adjoint of the outer
-step before; with the factor or sketch that the
-library keeps from there, each of its levels by itself, and what making it cost. *Floor*: plain CG on closed-form
-products, two matrix products each. ``--device cuda``: everybody on the GPU.
+*Cold*: nothing kept (a preconditioner that 'auto' makes at once is part of it). *Warm start*: from the adjoint of the
+outer step before; with what the library keeps from there, each of its levels by itself, and what making it cost.
+*Floor*: plain CG on closed-form products, two matrix products each. ``--device cuda``: everybody on the GPU.
 """
 
 from __future__ import annotations
