@@ -192,31 +192,29 @@ class LowerSystems:
         """
         at.objective.counts.add(solves=1 if b.dim() == 1 else b.shape[1])
         tol = self._tolerance(b.dtype, tol)
-        exact = at.factor
-        ladder = self.ladder(at) if self.solver == "auto" and exact is None else None
+        if self.solver == "chebyshev":
+            return self._expand(self.operator(at), b, tol)
+        if self.solver == "minres":
+            return minres(self.operator(at), b, tol=tol, max_iterations=self.max_iterations, x0=x0)
+        exact, ladder = at.factor, None
         if exact is None and self.solver == "cholesky":
             exact = self.factor_at(at)
         elif exact is None and self.solver == "auto":
+            ladder = self.ladder(at)
             exact = self._make(at, self.kept.due(ladder, tol))
-        A, single = self.operator(at), False
-        if exact is None and ladder is not None and ladder.kronecker and not b.is_cuda:
-            calls = self.calls(at.objective, at.x, at.y)
-            single = self._single and single_pays(calls)
-            if products_pay(calls) and self.kept.expects(tol) >= (SOME if single else MANY):
-                self.outputs(at)  # which make products cheaper; on a GPU they are replayed, and as cheap
-        if self.solver == "chebyshev":
-            return self._expand(A, b, tol)
-        if self.solver == "minres":
-            return minres(A, b, tol=tol, max_iterations=self.max_iterations, x0=x0)
-        if exact is not None and not exact.ok:
-            return _refused(exact, b)
-        if exact is not None:
-            return self._with_own_factor(A, exact, b, tol)
+        if exact is None:
+            return self._iterate(at, b, tol, x0, ladder)
+        return self._with_own_factor(at, exact, b, tol)
+
+    def _iterate(self, at: Linearisation, b: Tensor, tol: float, x0: Tensor | None, ladder: Ladder | None) -> Solution:
+        """By CG with what is kept, which learns from it; ``ladder`` None: by CG alone."""
+        if ladder is None:
+            return self._cg(self.operator(at), b, tol, x0, self.max_iterations, self.factor)
+        A, rough = self.operator(at), self._rough(at, tol, ladder)
         columns = 1 if b.dim() == 1 else b.shape[1]
-        renewable = self.solver == "auto" and self.kept.is_cholesky()
+        renewable = self.kept.is_cholesky()
         limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
-        wanted = self.kept.ritz_wanted(len(b), b.dtype) if ladder is not None and not ladder.kronecker and columns == 1 else 0
-        rough = A.single if single and at.outputs is not None and not self.kept.is_cholesky() else None
+        wanted = self.kept.ritz_wanted(len(b), b.dtype) if not ladder.kronecker and columns == 1 else 0
         result = self._cg(A, b, tol, x0, limit, self.factor, wanted, rough)
         if rough is not None and not result.ok:
             self._single = False
@@ -224,15 +222,25 @@ class LowerSystems:
         if self.kept.is_recycled() and not result.ok:
             self.kept.give_up()
             result = self._cg(A, b, tol, x0, limit, None)
-        if ladder is not None:
-            self.kept.observe(result, tol, columns, ladder)
-            self.kept.recycle(result)
+        self.kept.observe(result, tol, columns, ladder)
+        self.kept.recycle(result)
         if renewable and not result.ok:  # the kept factor is too old: make one here
             exact = self.factor_at(at)
             if exact is not None:
-                return _refused(exact, b) if not exact.ok else self._with_own_factor(A, exact, b, tol)
+                return self._with_own_factor(at, exact, b, tol)
             result = self._cg(A, b, tol, x0, self.max_iterations, self.factor)
         return result
+
+    def _rough(self, at: Linearisation, tol: float, ladder: Ladder) -> LinearOperator | None:
+        """The operator in float32 where that serves float64; the outputs' Hessian is found where so many products are to come
+        that it saves more than that takes. (On a GPU recorded products are replayed, and as cheap.)"""
+        if not ladder.kronecker or at.y.is_cuda:
+            return None
+        calls = self.calls(at.objective, at.x, at.y)
+        single = self._single and single_pays(calls)
+        if products_pay(calls) and self.kept.expects(tol) >= (SOME if single else MANY):
+            self.outputs(at)
+        return self.operator(at).single if single and at.outputs is not None and not self.kept.is_cholesky() else None
 
     def loosened(self, tol: float, most: float, dtype: torch.dtype) -> float:
         """``tol``, but at least the default relative residual, and at most ``most`` beyond that."""
@@ -254,8 +262,11 @@ class LowerSystems:
             result = cg(A, b, tol=tol, max_iterations=self.max_iterations)
         return result
 
-    def _with_own_factor(self, A: LinearOperator, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
+    def _with_own_factor(self, at: Linearisation, factor: CholeskyFactor, b: Tensor, tol: float) -> Solution:
         """By the factor of this very matrix, refined by CG where rounding is above the tolerance."""
+        if not factor.ok:
+            return _refused(factor, b)
+        A = self.operator(at)
         direct = self._direct(A, factor, b, tol)
         return direct if direct.ok else self._cg(A, b, tol, direct.x, self.max_iterations, factor)
 
