@@ -597,6 +597,22 @@ def test_the_kronecker_preconditioner_on_each_device(device):
     assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-8 * torch.linalg.vector_norm(b)
 
 
+@pytest.mark.parametrize("here", [False, True])
+def test_a_preconditioner_that_is_of_no_use_is_made_anew_or_given_up(here, large):
+    """As one that a step which was taken back has left, from weights of exp(+-30)."""
+    p, systems = badly_scaled(), LowerSystems()
+    h = Objective(p, lower=1.0, counts=OracleCounts())
+    at, b = h.linearise(p.x + 0.5, p.y, "y"), randn(1, p.dy)
+    there = at if here else h.linearise(p.x, p.y, "y")
+    made = systems.kept.make(10, systems.operator(there), there)
+    made.scale = made.scale * torch.logspace(-40, 40, made.scale.numel(), dtype=D).view(made.scale.shape)
+    solution = systems.solve(at, b, tol=1e-8)
+    assert solution.ok
+    assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-7 * torch.linalg.vector_norm(b)
+    assert systems.factor is not made
+    assert (systems.factor is None) == here
+
+
 @pytest.fixture
 def mixed(large, monkeypatch):
     """Float64 systems of a test's size count as dear enough for float32 recursions."""

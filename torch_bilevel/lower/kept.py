@@ -139,7 +139,11 @@ class KeptFactor:
     def give_up(self) -> None:
         """Keep nothing."""
         self.factor = self.born = None
-        self._seen, self._fresh = 0, None
+        self.level, self._seen, self._fresh = 0, 0, None
+
+    def is_born_at(self, at: Linearisation) -> bool:
+        """Whether what is kept was made at this very point."""
+        return self.born is not None and torch.equal(self.born["x"], at.x) and torch.equal(self.born["y"], at.y)
 
     def observe(self, solution: Solution, tol: float, columns: int, ladder: Ladder) -> None:
         """Learn from a solve with this preconditioner (or with none)."""

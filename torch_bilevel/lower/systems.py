@@ -43,8 +43,10 @@ from .kept import BLOCK_DISCOUNT, MANY, SKETCH_BYTES, SOME, Factor, KeptFactor, 
 
 SOLVERS = ("auto", "cg", "minres", "cholesky", "chebyshev")
 
-#: iterations of CG after which a kept factor is taken to be too old.
+#: iterations of CG after which a kept Cholesky factor is taken to be too old; a Kronecker preconditioner after five times as many
 PATIENCE = 60
+#: how a solve ends where its preconditioner is of no use
+WRONG = (SolveStatus.STAGNATION, SolveStatus.MAX_ITERATIONS, SolveStatus.NOT_POSITIVE_DEFINITE, SolveStatus.NON_FINITE)
 
 
 class LowerSystems:
@@ -213,15 +215,20 @@ class LowerSystems:
         A, rough = self.operator(at), self._rough(at, tol, ladder)
         columns = 1 if b.dim() == 1 else b.shape[1]
         renewable = self.kept.is_cholesky()
-        limit = min(PATIENCE, self.max_iterations or PATIENCE) if renewable else self.max_iterations
+        limit = self.max_iterations
+        if renewable or self.kept.level in ladder.kronecker and not self.kept.is_born_at(at):
+            patience = PATIENCE if renewable else 5 * PATIENCE
+            limit = patience if limit is None else min(patience, limit)
         wanted = self.kept.ritz_wanted(len(b), b.dtype) if not ladder.kronecker and columns == 1 else 0
         result = self._cg(A, b, tol, x0, limit, self.factor, wanted, rough)
         if rough is not None and not result.ok:
             self._single = False
             result = self._cg(A, b, tol, x0, limit, self.factor)
-        if self.kept.is_recycled() and not result.ok:
+        if self.factor is not None and not renewable and result.status in WRONG:  # made at a point too far away
+            level, elsewhere = self.kept.level, not self.kept.is_born_at(at)
             self.kept.give_up()
-            result = self._cg(A, b, tol, x0, limit, None)
+            self._make(at, level if level and elsewhere else None)
+            result = self._cg(A, b, tol, x0, self.max_iterations, self.factor)
         self.kept.observe(result, tol, columns, ladder)
         self.kept.recycle(result)
         if renewable and not result.ok:  # the kept factor is too old: make one here
