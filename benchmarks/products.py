@@ -4,8 +4,8 @@
 
 Products come from one recorded gradient (``Linearisation.yy``), as every solver of the library takes them. Floors: for
 a softmax layer the closed form, two matrix products a block; for the MLP its matrix products alone, six a layer and
-four less at the ends. Before that, float32 products by MKL and by oneDNN. Memory: the rise of the resident set while a
-block is multiplied; 'recorded' is what the recorded graph holds.
+four less at the ends. Before that, thin float64 products filled up or not, and float32 products by MKL and by oneDNN.
+Memory: the rise of the resident set while a block is multiplied; 'recorded' is what the recorded graph holds.
 """
 
 from __future__ import annotations
@@ -142,10 +142,25 @@ def libraries(args) -> dict:
     return found
 
 
+def filled(args) -> dict:
+    """Thin float64 products as they are and filled up to a multiple of four columns, in turns; see ``folding.turn_over``."""
+    n, d, K = (2000, 60, 10) if args.quick else (5000, 784, 10)
+    gen = torch.Generator().manual_seed(0)
+    X, V, Z = (torch.randn(*shape, generator=gen, dtype=torch.float64) for shape in ((n, d), (d, K), (n, K)))
+    rows, found = [], {}
+    for name, a, b in ((f"X V, X ({n}, {d}), V ({d}, {K})", X, V), (f"X' Z, Z ({n}, {K})", X.mT, Z)):
+        runs = {"as it is": lambda a=a, b=b: (b.mT @ a.mT).mT.contiguous(), "filled": lambda a=a, b=b: turn_over(a, b)}
+        found[name] = interleaved(runs, args.repeats, max_seconds=args.max_seconds)
+        rows.append([name, found[name]["as it is"], found[name]["filled"]])
+    print("\n## Thin float64 products, turned over\n")
+    print(markdown(["product", "as it is, ms", "filled up, ms"], rows))
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
     args = begin(parser, argv)
-    record: dict = {}
+    record: dict = {"filled": filled(args)}
     if has_onednn():
         record["libraries"] = libraries(args)
         finish(args, record)

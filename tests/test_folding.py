@@ -184,7 +184,8 @@ def test_a_factorisation_by_halves_is_lapacks(overwrite, onednn, monkeypatch):
 @pytest.mark.parametrize("columns", [4, 5, 10, 12])
 def test_thin_float64_products_are_filled_up_and_cut_again(columns):
     gen = torch.Generator().manual_seed(0)
-    a, b = torch.randn(200, 30, generator=gen, dtype=torch.float64), torch.randn(30, columns, generator=gen, dtype=torch.float64)
+    a, b = torch.randn(4000, 64, generator=gen, dtype=torch.float64), torch.randn(64, columns, generator=gen, dtype=torch.float64)
+    assert a.numel() * columns >= folding.WORTH
     for left, right in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
         found = folding.turn_over(left, right)
         torch.testing.assert_close(found, a @ b, rtol=1e-13, atol=1e-13)

@@ -247,7 +247,7 @@ def test_what_is_not_of_this_kind_is_refused_and_still_right(g, dy, monkeypatch)
     assert at.objective.counts.as_dict() == counts.as_dict()  # asked once a run
     torch.testing.assert_close(systems.operator(at).to_dense(), blocks(g, at.x, at.y)[3])
     assert systems.state_dict()["by_outputs"].get("g") is not True
-    assert systems.ladder(at).prices == kept.Ladder.plain(dy, D).prices
+    assert systems.ladder(at).prices == kept.Ladder.of(dy, D, []).prices
 
 
 def test_x_of_other_samples_is_no_cross_term(monkeypatch):
@@ -634,6 +634,18 @@ def test_float64_systems_are_solved_by_float32_products(mixed):
     assert at.outputs.calls[0].single is at.outputs.calls[0].single  # kept
     if systems.factor is not None:
         assert systems.factor.Q.dtype is torch.float32
+
+
+def test_a_preconditioner_from_elsewhere_is_suspected_before_float32(mixed):
+    p, systems = cleaning_problem()[1], LowerSystems()
+    h = Objective(p, lower=1.0, counts=OracleCounts())
+    there, at = h.linearise(p.x + 1.0, p.y, "y"), h.linearise(p.x, p.y, "y")
+    made = systems.kept.make(systems.ladder(there).kronecker[0], systems.operator(there), there)
+    made.scale = made.scale * torch.logspace(-18, 18, made.scale.numel(), dtype=D).view(made.scale.shape).float()
+    assert systems.solve(at, randn(1, p.dy), tol=1e-8).ok
+    assert systems.factor is not made
+    assert systems.kept.is_born_at(at)
+    assert systems._single
 
 
 def test_where_float32_is_too_rough_float64_takes_over_for_good(mixed, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from torch import Tensor
+
 
 @dataclass
 class OracleCounts:
@@ -66,3 +68,8 @@ class OracleCounts:
     def oracle_calls(self) -> int:
         """Gradients plus products of both levels: the usual axis of a comparison by work."""
         return self.gradients + self.upper_products + self.lower_products
+
+
+def columns_of(v: Tensor) -> int:
+    """Vectors in v: 1 for (n,), k for (n, k)."""
+    return 1 if v.dim() == 1 else v.shape[1]

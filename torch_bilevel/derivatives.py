@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from .counting import OracleCounts
+from .counting import OracleCounts, columns_of
 from .folding import FoldedProducts
 from .problem import BilevelProblem
 
@@ -194,8 +194,7 @@ class Linearisation:
 
     def _apply(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
         given = u if u is not None else w
-        columns = 1 if given.dim() == 1 else given.shape[1]
-        self.objective._count("products", columns)
+        self.objective._count("products", columns_of(given))
         if self._graph is not None:
             return self._graph.apply(u, w, wrt)
         total: list[Tensor | None] = [None, None]

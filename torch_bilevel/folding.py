@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 THIN, TALL = (4, 128), 8
 #: of a thin float64 product, turned over, MKL takes so many at a time
 ROWS = 4
-#: multiplications of a product from which oneDNN is worth its call
+#: multiplications of a product from which oneDNN is worth its call, and a float64 one is filled up
 WORTH = 1_000_000
 
 
@@ -103,11 +103,11 @@ def is_thin(a: Tensor, b: Tensor) -> bool:
 def turn_over(a: Tensor, b: Tensor) -> Tensor:
     """a @ b as (b' a')': (n, k), (k, m) -> (n, m), laid out as ``mm`` would: what follows is slow on mixed layouts.
 
-    In float64 b is filled up to a multiple of ROWS columns: with 10 instead of 12 MKL takes 1.7 times as long.
+    A large float64 b is filled up to a multiple of ROWS columns: MKL takes longer with 10 than with 12 (``benchmarks.products``).
     """
     k, m = b.shape
     missing = -m % ROWS
-    if b.dtype is torch.float64 and missing:
+    if missing and b.dtype is torch.float64 and a.numel() * m >= WORTH:
         b = torch.cat([b, b.new_zeros(k, missing)], dim=1)
     return (b.mT.contiguous() @ a.mT)[:m].mT.contiguous()
 

@@ -76,7 +76,7 @@ def test_a_making_never_costs_more_than_what_was_spent_before_it(decaying):
 
 def test_an_aged_sketch_is_renewed_at_its_level(decaying, monkeypatch):
     monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: [100]))
-    keeper, ladder = KeptFactor(), Ladder.plain(N, torch.float64)
+    keeper, ladder = KeptFactor(), Ladder.of(N, torch.float64, [])
     at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
     keeper.make(100, LowerSystems().operator(at), at)
 
@@ -97,8 +97,8 @@ def test_an_aged_sketch_is_renewed_at_its_level(decaying, monkeypatch):
 
 
 def test_a_model_asks_for_a_factor_only_where_its_solves_pay(decaying):
-    keeper, ladder = KeptFactor(), Ladder.plain(N, torch.float64)
-    assert keeper.due_for_model(Ladder.plain(50, torch.float64), 1e-3) == 50  # small: always
+    keeper, ladder = KeptFactor(), Ladder.of(N, torch.float64, [])
+    assert keeper.due_for_model(Ladder.of(50, torch.float64, []), 1e-3) == 50  # small: always
     at = decaying.linearise(decaying.problem.x, decaying.problem.y, "y")
     keeper.make(N, LowerSystems().operator(at), at)
 
@@ -247,7 +247,7 @@ def test_no_ritz_vectors_where_something_is_kept_or_a_factor_is_made_at_once():
 
 def test_a_small_factor_is_made_for_a_model_where_stale_solves_would_take_more():
     """At its own point it solves without a product: what is saved are all iterations and the check of the residual."""
-    keeper, ladder = KeptFactor(), Ladder.plain(50, torch.float64)
+    keeper, ladder = KeptFactor(), Ladder.of(50, torch.float64, [])
     keeper.factor, keeper.level, keeper.rate, keeper._fresh = CholeskyFactor(torch.eye(50)), 50, 0.1, 0.1
     assert keeper.due_for_model(ladder, 1e-3) == 50  # 60 times 1.3 against 25
     keeper.rate = 0.0

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
 from ..linalg import CholeskyFactor, LinearOperator, NystromPreconditioner, Solution, nystrom
-from ..outputs import KroneckerPreconditioner
+from ..outputs import (
+    KroneckerPreconditioner,
+    LinearCall,
+    corner_ranks,
+    factor_application,
+    kronecker_application,
+    kronecker_price,
+    price,  # fmt: skip
+)
 from ..problem import BilevelProblem
 
 Factor = CholeskyFactor | KroneckerPreconditioner | NystromPreconditioner
@@ -54,6 +62,11 @@ def is_exact(n: int) -> bool:
     return n <= MAX_AUTO_FACTOR
 
 
+def factor_price(n: int, calls: list[LinearCall]) -> float:
+    """What a Cholesky factor costs, in products with one vector."""
+    return min(price(calls, n**3 / 6), n / BLOCK_DISCOUNT) if calls else n / BLOCK_DISCOUNT
+
+
 @dataclass(frozen=True)
 class Ladder:
     """What may be kept for a Hessian of size n, and at what price.
@@ -70,9 +83,18 @@ class Ladder:
     applying: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def plain(cls, n: int, dtype: torch.dtype) -> Ladder:
-        """Of a Hessian that is known by its products alone."""
-        return cls(n, {level: level / BLOCK_DISCOUNT for level in KeptFactor.levels(n, dtype)})
+    def of(cls, n: int, dtype: torch.dtype, calls: list[LinearCall]) -> Ladder:
+        """That of a Hessian which is one of its outputs with these calls, or, without calls, known by its products alone."""
+        plain = {level: level / BLOCK_DISCOUNT for level in KeptFactor.levels(n, dtype)}
+        if not calls:
+            return cls(n, plain)
+        fits = not is_exact(n) and calls[0].index.shape[0] ** 2 * torch.finfo(dtype).bits / 8 <= SKETCH_BYTES
+        ranks = {rows: r for rows, r in corner_ranks(calls).items() if rows < n} if fits else {}
+        prices = {rows: kronecker_price(calls, r) for rows, r in ranks.items()} or {k: v for k, v in plain.items() if k < n}
+        if n in plain:
+            prices[n] = factor_price(n, calls)
+        applying = {n: factor_application(calls, n), **{rows: kronecker_application(calls, rows) for rows in ranks}}
+        return cls(n, prices, tuple(ranks), applying)
 
     def step(self, level: int) -> float:
         """An iteration with what is kept at this level, in products."""
@@ -142,8 +164,8 @@ class KeptFactor:
         self.level, self._seen, self._fresh = 0, 0, None
 
     def is_born_at(self, at: Linearisation) -> bool:
-        """Whether what is kept was made at this very point."""
-        return self.born is not None and torch.equal(self.born["x"], at.x) and torch.equal(self.born["y"], at.y)
+        """Whether what is kept was made at this very point, for this objective."""
+        return self._is_born(_birth(at))
 
     def observe(self, solution: Solution, tol: float, columns: int, ladder: Ladder) -> None:
         """Learn from a solve with this preconditioner (or with none)."""
@@ -221,9 +243,7 @@ class KeptFactor:
             made = operator.kronecker_preconditioner(level) or nystrom(operator, level)
         self.level, self.spent, self.missed, self._seen, self._fresh = level, 0.0, 0.0, 0, None
         if made.ok:
-            h = at.objective
-            self.factor = made
-            self.born = {"x": at.x, "y": at.y, "upper": h.upper, "lower": h.lower}
+            self.factor, self.born = made, _birth(at)
         elif level < operator.n:
             self.factor = self.born = None  # not positive semidefinite there: CG will say so
         return made
@@ -240,7 +260,7 @@ class KeptFactor:
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem, operator) -> None:
         """``operator``: the system's operator at a recorded point. A run's state is loaded more than once."""
         born = state["born"]
-        if born is None or not self._made_at(born, state["level"]):
+        if born is None or not (self.factor is not None and self.level == state["level"] and self._is_born(born)):
             self.factor = None if state["L"] is None else CholeskyFactor.from_lower(state["L"])
             if state["ritz"] is not None:
                 self.factor = NystromPreconditioner(*state["ritz"])
@@ -252,8 +272,14 @@ class KeptFactor:
         self.rate, self._fresh, self._seen, self._kronecker_rate = state["rates"]
         self._ritz_steps = state["ritz_steps"]
 
-    def _made_at(self, born: dict[str, Any], level: int) -> bool:
+    def _is_born(self, where: dict[str, Any]) -> bool:
+        """Whether what is kept was made there, for that objective."""
         own = self.born
-        return self.factor is not None and own is not None and self.level == level and all(
-            torch.equal(own[key], born[key]) if isinstance(born[key], Tensor) else own[key] == born[key] for key in born
-        )  # fmt: skip
+        return own is not None and all(
+            torch.equal(own[key], value) if isinstance(value, Tensor) else own[key] == value for key, value in where.items()
+        )
+
+
+def _birth(at: Linearisation) -> dict[str, Any]:
+    """Where something is made, and for which objective."""
+    return {"x": at.x, "y": at.y, "upper": at.objective.upper, "lower": at.objective.lower}

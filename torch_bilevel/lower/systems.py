@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counting import columns_of
 from ..derivatives import Linearisation, Objective
 from ..errors import ConfigError, nearest
 from ..linalg import (
     CholeskyFactor,
     DenseOperator,
-    FunctionOperator,
     LinearOperator,
     NystromPreconditioner,
     Solution,
@@ -28,25 +28,19 @@ from ..outputs import (
     KroneckerPreconditioner,
     LinearCall,
     OutputHessian,
-    corner_ranks,
-    factor_application,
-    kronecker_application,
-    kronecker_price,
-    price,
     products_pay,
     products_to_factor,
     single_pays,
     watch,  # fmt: skip
 )
 from ..problem import BilevelProblem
-from .kept import BLOCK_DISCOUNT, MANY, SKETCH_BYTES, SOME, Factor, KeptFactor, Ladder, is_exact
+from .kept import MANY, SOME, Factor, KeptFactor, Ladder, factor_price, is_exact
+from .operator import LowerHessian
 
 SOLVERS = ("auto", "cg", "minres", "cholesky", "chebyshev")
 
 #: iterations of CG after which a kept Cholesky factor is taken to be too old; a Kronecker preconditioner after five times as many
 PATIENCE = 60
-#: how a solve ends where its preconditioner is of no use
-WRONG = (SolveStatus.STAGNATION, SolveStatus.MAX_ITERATIONS, SolveStatus.NOT_POSITIVE_DEFINITE, SolveStatus.NON_FINITE)
 
 
 class LowerSystems:
@@ -154,18 +148,7 @@ class LowerSystems:
 
     def ladder(self, at: Linearisation) -> Ladder:
         """What may be kept, and at what price."""
-        n, calls = at.y.numel(), self._tested_calls(at)
-        plain = Ladder.plain(n, at.y.dtype)
-        if not calls:
-            return plain
-        d = calls[0].index.shape[0]
-        fits = not is_exact(n) and d**2 * at.y.element_size() <= SKETCH_BYTES
-        kronecker = {rows: kronecker_price(calls, r) for rows, r in corner_ranks(calls).items() if rows < n} if fits else {}
-        prices = dict(kronecker) or {k: v for k, v in plain.prices.items() if k < n}
-        if n in plain.prices:
-            prices[n] = self.factor_price(at)
-        applying = {n: factor_application(calls, n), **{rows: kronecker_application(calls, rows) for rows in kronecker}}
-        return Ladder(n, prices, tuple(kronecker), applying)
+        return Ladder.of(at.y.numel(), at.y.dtype, self._tested_calls(at))
 
     def solve_price(self, at: Linearisation) -> float:
         """What a solve to five decades costs by now, in products with one vector."""
@@ -184,15 +167,14 @@ class LowerSystems:
 
     def factor_price(self, at: Linearisation) -> float:
         """What a Cholesky factor at this point costs, in products with one vector."""
-        n, calls = at.y.numel(), self._tested_calls(at)
-        return min(price(calls, n**3 / 6), n / BLOCK_DISCOUNT) if calls else n / BLOCK_DISCOUNT
+        return factor_price(at.y.numel(), self._tested_calls(at))
 
     def solve(self, at: Linearisation, b: Tensor, *, tol: float | None = None, x0: Tensor | None = None) -> Solution:
         """w with |(h_yy + damping I) w - b| <= tol |b| for b (dy,) or (dy, k); the status says whether.
 
         Cost: counted as one solve per column; products as they come; a factorisation when one is made.
         """
-        at.objective.counts.add(solves=1 if b.dim() == 1 else b.shape[1])
+        at.objective.counts.add(solves=columns_of(b))
         tol = self._tolerance(b.dtype, tol)
         if self.solver == "chebyshev":
             return self._expand(self.operator(at), b, tol)
@@ -210,33 +192,41 @@ class LowerSystems:
 
     def _iterate(self, at: Linearisation, b: Tensor, tol: float, x0: Tensor | None, ladder: Ladder | None) -> Solution:
         """By CG with what is kept, which learns from it; ``ladder`` None: by CG alone."""
+        A, kept, limit = self.operator(at), self.kept, self.max_iterations
         if ladder is None:
-            return self._cg(self.operator(at), b, tol, x0, self.max_iterations, self.factor)
-        A, rough = self.operator(at), self._rough(at, tol, ladder)
-        columns = 1 if b.dim() == 1 else b.shape[1]
-        renewable = self.kept.is_cholesky()
-        limit = self.max_iterations
-        if renewable or self.kept.level in ladder.kronecker and not self.kept.is_born_at(at):
-            patience = PATIENCE if renewable else 5 * PATIENCE
+            return self._cg(A, b, tol, x0, limit, self.factor)
+        rough = self._rough(at, tol, ladder)
+        patience = PATIENCE if kept.is_cholesky() else 5 * PATIENCE if kept.level in ladder.kronecker else None
+        if patience is not None and not kept.is_born_at(at):
             limit = patience if limit is None else min(patience, limit)
-        wanted = self.kept.ritz_wanted(len(b), b.dtype) if not ladder.kronecker and columns == 1 else 0
+        wanted = kept.ritz_wanted(len(b), b.dtype) if not ladder.kronecker and b.dim() == 1 else 0
         result = self._cg(A, b, tol, x0, limit, self.factor, wanted, rough)
-        if rough is not None and not result.ok:
-            self._single = False
-            result = self._cg(A, b, tol, x0, limit, self.factor)
-        if self.factor is not None and not renewable and result.status in WRONG:  # made at a point too far away
-            level, elsewhere = self.kept.level, not self.kept.is_born_at(at)
-            self.kept.give_up()
-            self._make(at, level if level and elsewhere else None)
-            result = self._cg(A, b, tol, x0, self.max_iterations, self.factor)
-        self.kept.observe(result, tol, columns, ladder)
-        self.kept.recycle(result)
-        if renewable and not result.ok:  # the kept factor is too old: make one here
-            exact = self.factor_at(at)
-            if exact is not None:
-                return self._with_own_factor(at, exact, b, tol)
-            result = self._cg(A, b, tol, x0, self.max_iterations, self.factor)
+        if not result.ok and self._removes_a_cause(at, result.status, rough is not None):
+            if at.factor is not None:
+                return self._with_own_factor(at, at.factor, b, tol)
+            return self._iterate(at, b, tol, x0, ladder)
+        kept.observe(result, tol, columns_of(b), ladder)
+        kept.recycle(result)
         return result
+
+    def _removes_a_cause(self, at: Linearisation, status: SolveStatus, rough: bool) -> bool:
+        """After a solve has failed: whether something of ours may be why, which is then out of the way.
+
+        What was kept from another point is made anew at this one, float32 is used no more, what is kept is given up, in that
+        order, one a call. Negative curvature is the matrix's own, but in float32, and a Cholesky factor says more of it.
+        """
+        kept = self.kept
+        if status is SolveStatus.NEGATIVE_CURVATURE and not rough and not kept.is_cholesky():
+            return False
+        if kept.factor is not None and not kept.is_born_at(at):
+            level = kept.level
+            kept.give_up()
+            self._make(at, level or None)
+            return True
+        suspect = rough or kept.factor is not None
+        self._single = self._single and not rough
+        kept.give_up()
+        return suspect
 
     def _rough(self, at: Linearisation, tol: float, ladder: Ladder) -> LinearOperator | None:
         """The operator in float32 where that serves float64; the outputs' Hessian is found where so many products are to come
@@ -244,10 +234,14 @@ class LowerSystems:
         if not ladder.kronecker or at.y.is_cuda:
             return None
         calls = self.calls(at.objective, at.x, at.y)
-        single = self._single and single_pays(calls)
+        single = self.in_float32(calls)
         if products_pay(calls) and self.kept.expects(tol) >= (SOME if single else MANY):
             self.outputs(at)
         return self.operator(at).single if single and at.outputs is not None and not self.kept.is_cholesky() else None
+
+    def in_float32(self, calls: list[LinearCall]) -> bool:
+        """Whether float64 systems of these calls are solved by float32 recursions, which have not failed so far."""
+        return self._single and single_pays(calls)
 
     def loosened(self, tol: float, most: float, dtype: torch.dtype) -> float:
         """``tol``, but at least the default relative residual, and at most ``most`` beyond that."""
@@ -361,62 +355,6 @@ class LowerSystems:
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
         self._by_outputs = dict(state["by_outputs"])
-
-
-class LowerHessian(LinearOperator):
-    """h_yy + damping I at a recorded point; dense by the learner's outputs where that is to be had."""
-
-    def __init__(self, at: Linearisation, systems: LowerSystems):
-        super().__init__(at.y.numel(), dtype=at.y.dtype, device=at.y.device, block_size=512)
-        self.at, self.systems = at, systems
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """(dy,) -> (dy,), or (dy, k) -> (dy, k)."""
-        at, shift = self.at, self.systems.damping
-        if at.outputs is None or not products_pay(at.outputs.calls):
-            result = at.yy(v)
-        else:
-            at.objective._count("products", 1 if v.dim() == 1 else v.shape[1])
-            result = at.outputs.yy(v)
-        return result + shift * v if shift else result
-
-    matmat = matvec
-
-    def count_replayed(self, products: int) -> None:
-        self.at.objective._count("products", products)
-
-    def kronecker_preconditioner(self, rows: int) -> KroneckerPreconditioner | None:
-        """By the learner's outputs, with a corner of so many rows. Look at ``.ok``. None: its ladder has none such."""
-        if rows not in self.systems.ladder(self.at).kronecker:
-            return None
-        outputs, damping = self.systems.outputs(self.at), self.systems.damping
-        if outputs is None:
-            return KroneckerPreconditioner.none()
-        rank = corner_ranks(outputs.calls)[rows]
-        if single_pays(outputs.calls):
-            made = outputs.single.preconditioner(rank, damping)
-            if made.ok:
-                return made
-        return outputs.preconditioner(rank, damping)
-
-    @property
-    def single(self) -> LinearOperator:
-        """The same in float32, by the learner's outputs, which must be known here."""
-
-        def product(v: Tensor) -> Tensor:
-            self.at.objective._count("products", 1 if v.dim() == 1 else v.shape[1])
-            return self.at.outputs.single.yy(v) + self.systems.damping * v
-
-        return FunctionOperator(self.n, product, product, dtype=torch.float32, device=self.device, block_size=self.block_size)
-
-    def to_dense(self) -> Tensor:
-        """(dy, dy)."""
-        outputs = self.systems.outputs(self.at)
-        if outputs is None:
-            return super().to_dense()
-        A = outputs.dense_yy()
-        A.diagonal().add_(self.systems.damping)
-        return A
 
 
 def _refused(factor: CholeskyFactor, b: Tensor) -> Solution:

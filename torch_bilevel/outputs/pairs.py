@@ -28,4 +28,3 @@ def add_pairs(G: Tensor, group: list[tuple[Tensor, Tensor]], d: int, K: int) -> 
         here = slice(k * d, (k + 1) * d)
         G[(k + 1) * d :, here] = G[here, (k + 1) * d :].mT
     return G
-

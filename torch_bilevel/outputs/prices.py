@@ -29,6 +29,11 @@ CORNERS = (400, 1600)
 BANDS, WIDE = 4, 128
 
 
+def vector_multiplications(calls: list[LinearCall]) -> int:
+    """Of a product with h_yy, with one vector."""
+    return sum(2 * len(call.X) * call.index.numel() for call in calls)
+
+
 def in_products(calls: list[LinearCall], multiplications: float) -> float:
     """The time of these multiplications, in large matrix products, in products of h_yy with one vector."""
     return GEMM[_kind(calls)] * multiplications / one_product(calls)
@@ -47,7 +52,8 @@ def products_to_factor(calls: list[LinearCall]) -> int:
 def one_product(calls: list[LinearCall]) -> float:
     """Multiplications that take as long as a product with h_yy, with what is done to the outputs and at least its calls."""
     kind = _kind(calls)
-    return max(LEAST[kind], sum(2 * len(c.X) * c.index.numel() + OUTPUT[kind] * len(c.X) * c.index.shape[1] for c in calls))
+    outputs = sum(len(call.X) * call.index.shape[1] for call in calls)
+    return max(LEAST[kind], vector_multiplications(calls) + OUTPUT[kind] * outputs)
 
 
 def products_pay(calls: list[LinearCall]) -> bool:
@@ -58,7 +64,7 @@ def products_pay(calls: list[LinearCall]) -> bool:
 def single_pays(calls: list[LinearCall]) -> bool:
     """Whether products by the outputs' Hessian in float32, once that is known, are much cheaper than recorded float64 ones."""
     X = calls[0].X
-    large = sum(2 * len(call.X) * call.index.numel() for call in calls) >= WORTH_SINGLE
+    large = vector_multiplications(calls) >= WORTH_SINGLE
     return X.dtype is torch.float64 and X.device.type == "cpu" and large and products_pay(calls)
 
 
@@ -81,7 +87,7 @@ def banded(d: int) -> int:
 def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tuple[float, bool]:
     """Of h_yy W with so many columns, and whether by the matrix, which is then cheaper than blocks of products."""
     by_matrix = dense_multiplications(calls) + dy**2 * columns
-    by_products = sum(2 * len(c.X) * c.index.numel() for c in calls) * columns
+    by_products = vector_multiplications(calls) * columns
     return min(by_matrix, by_products), by_matrix < by_products
 
 
