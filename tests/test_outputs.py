@@ -14,7 +14,7 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import LinearOperator, cg, own_stream
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.methods import model
-from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, calls, prices
+from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, calls, kronecker, prices
 from torch_bilevel.outputs import hessian as output_hessian
 
 D = torch.float64
@@ -351,46 +351,90 @@ def assembled(inputs, blocks, index, diagonal):
     return H
 
 
+def samples_last(blocks):
+    return [B.permute(1, 2, 0).contiguous() for B in blocks]
+
+
+@pytest.mark.parametrize("width", [1.0, 6.0, 1e9])
 @pytest.mark.parametrize("rank", range(5))
-def test_the_kronecker_preconditioner_against_its_definition(rank):
+def test_the_kronecker_preconditioner_against_its_definition(rank, width, monkeypatch):
     """The approximation, put together by dense algebra of another kind, with entries of y beside those of the calls."""
+    monkeypatch.setattr(kronecker, "WIDTH", width)
+    monkeypatch.setattr(kronecker, "GROUPS", 1e9)
     d, K, sizes = 4, 3, (7, 9)
     inputs = [randn(i, n, d) for i, n in enumerate(sizes)]
     roots = [randn(10 + i, n, K, K) for i, n in enumerate(sizes)]
-    blocks = [R @ R.mT / K for R in roots]
+    squeeze = torch.tensor([1.0, 1.2, 9.0], dtype=D).diag()
+    blocks = [squeeze @ R @ R.mT @ squeeze / K for R in roots]
     index = torch.randperm(d * K + 2, generator=torch.Generator().manual_seed(0))[: d * K].view(d, K)
     diagonal = 0.5 + randn(20, d * K + 2) ** 2
-    P = KroneckerPreconditioner(inputs, blocks, index, diagonal, rank)
+    P = KroneckerPreconditioner(inputs, samples_last(blocks), index, diagonal, rank)
     assert P.ok
+    assert len(P.groups) == {1.0: 3, 6.0: 2, 1e9: 1}[width]
 
     H, place = assembled(inputs, blocks, index, diagonal), index.reshape(-1)
-    U = torch.linalg.eigh(torch.cat(blocks).mean(0))[1]
+    values, U = torch.linalg.eigh(torch.cat(blocks).mean(0))
     G = sum(X.mT @ (B.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / K * X) for X, B in zip(inputs, blocks))
-    M = diagonal[index].mean(1)
-    gamma, Q = torch.linalg.eig(G / M[:, None])  # of the pencil (G, diag(M))
-    order = gamma.real.argsort(descending=True)
-    Q = Q.real[:, order] / ((Q.real[:, order] ** 2 * M[:, None]).sum(0)).sqrt()
-    T = torch.kron(Q.contiguous(), U.contiguous())  # rows as in place
-    mean = torch.kron(G, torch.cat(blocks).mean(0) * K / torch.cat(blocks).mean(0).trace())
-    S = (T.mT @ (mean + torch.diag(diagonal[place])) @ T).diagonal().diag()
-    full, r = T.mT @ H[place[:, None], place] @ T, rank * K
-    S[:r, :r] = full[:r, :r]
+    turned = torch.kron(torch.eye(d, dtype=D), U.contiguous())  # rows as in place
+    own = (turned.mT @ torch.diag(diagonal[place]) @ turned).diagonal().view(d, K)
+    mean = torch.zeros(d, K, d, K, dtype=D)
+    for start, stop, _ in P.groups:
+        level, direct = values[start:stop].log().mean().exp() / values.mean(), own[:, start:stop].mean(1)
+        for a in range(start, stop):
+            mean[:, a, :, a] = level * G + direct.diag()
+    mean = mean.view(d * K, d * K)
+    T = torch.kron(P.Z.contiguous(), torch.eye(K, dtype=D))
+    inner = torch.linalg.inv(T.mT @ turned.mT @ H[place[:, None], place] @ turned @ T) - torch.linalg.inv(T.mT @ mean @ T)
     expected = torch.diag(1 / diagonal)
-    expected[place[:, None], place] = T @ torch.linalg.inv(S) @ T.mT
+    expected[place[:, None], place] = turned @ (torch.linalg.inv(mean) + T @ inner @ T.mT) @ turned.mT
     torch.testing.assert_close(P(torch.eye(len(diagonal), dtype=D)), expected)
+    assert float(torch.linalg.eigvalsh(expected)[0]) > 0
     if rank == d:
         torch.testing.assert_close(expected, torch.linalg.inv(H))
 
 
-def test_the_kronecker_preconditioner_is_exact_where_samples_share_their_output_hessian():
+def test_the_corner_is_on_the_leading_inputs():
+    """Those in which the data curves most, by the measure of the regulariser."""
+    d, K, n, rank = 20, 3, 200, 4
+    decay, own = torch.logspace(0, -3, d, dtype=D), 0.5 + randn(3, d).abs()
+    inputs, B = randn(1, n, d) * decay @ torch.linalg.qr(randn(2, d, d))[0], torch.eye(K, dtype=D).expand(n, K, K)
+    P = KroneckerPreconditioner([inputs], samples_last([B]), torch.arange(d * K).view(d, K), own.repeat_interleave(K), rank)
+    values, V = torch.linalg.eigh(inputs.mT @ inputs / (own.sqrt() * own[:, None].sqrt()))
+    found, true = torch.linalg.qr(own.sqrt()[:, None] * P.Z)[0], V[:, -rank:]
+    assert float(torch.linalg.svdvals(true.mT @ found)[-1]) > 0.99
+
+
+def test_the_kronecker_preconditioner_is_exact_where_samples_share_their_output_hessian(monkeypatch):
+    monkeypatch.setattr(kronecker, "WIDTH", 1.0)
+    monkeypatch.setattr(kronecker, "GROUPS", 1e9)
     d, K, n = 4, 3, 9
     B = randn(1, K, K)
     B = B @ B.mT
     weights = randn(2, n) ** 2
     index, diagonal = torch.arange(d * K).view(d, K), (0.1 + randn(3, d) ** 2).repeat_interleave(K)
     inputs, blocks = [randn(4, n, d)], [weights[:, None, None] * B]
-    P = KroneckerPreconditioner(inputs, blocks, index, diagonal, 0)
+    P = KroneckerPreconditioner(inputs, samples_last(blocks), index, diagonal, 0)
     torch.testing.assert_close(P(torch.eye(d * K, dtype=D)), torch.linalg.inv(assembled(inputs, blocks, index, diagonal)))
+
+
+@pytest.mark.parametrize(
+    ("curvature", "groups"),
+    [
+        ([0.0, 1e3, 2e3, 5e3], [(0, 1), (1, 4)]),  # a softmax: the shift of all logits apart
+        ([0.0, 0.1, 0.5, 2.0], [(0, 4)]),  # flat against the regulariser
+        ([1.0, 5.0, 7.0, 40.0], [(0, 2), (2, 4)]),
+        ([2.0], [(0, 1)]),
+    ],
+)
+def test_outputs_of_like_curvature_share_a_factor(curvature, groups):
+    assert kronecker._grouped(torch.tensor(curvature)) == groups
+
+
+def test_the_number_of_factors_is_bounded():
+    groups = kronecker._grouped(torch.logspace(0, 9, 40))
+    assert len(groups) <= kronecker.GROUPS + 1
+    assert [a for a, _ in groups] == [0] + [b for _, b in groups[:-1]]
+    assert groups[-1][1] == 40
 
 
 @pytest.mark.parametrize("regularised", [False, True])
@@ -400,7 +444,8 @@ def test_features_without_regulariser_have_a_preconditioner_where_the_data_curve
     R = randn(1, n, K, K)
     diagonal = torch.zeros(d, K, dtype=D)
     diagonal[1:] = 0.1 if regularised else 0.0
-    P = KroneckerPreconditioner([randn(4, n, d)], [R @ R.mT], torch.arange(d * K).view(d, K), diagonal.reshape(-1), 2)
+    index = torch.arange(d * K).view(d, K)
+    P = KroneckerPreconditioner([randn(4, n, d)], samples_last([R @ R.mT]), index, diagonal.reshape(-1), 2)
     assert P.ok
     assert float(torch.linalg.eigvalsh(P(torch.eye(d * K, dtype=D)))[0]) > 0
 
@@ -605,7 +650,7 @@ def test_a_preconditioner_that_is_of_no_use_is_made_anew_or_given_up(here, large
     at, b = h.linearise(p.x + 0.5, p.y, "y"), randn(1, p.dy)
     there = at if here else h.linearise(p.x, p.y, "y")
     made = systems.kept.make(10, systems.operator(there), there)
-    made.scale = made.scale * torch.logspace(-40, 40, made.scale.numel(), dtype=D).view(made.scale.shape)
+    made.U = made.U * torch.logspace(-40, 40, len(made.U), dtype=D)[:, None]
     solution = systems.solve(at, b, tol=1e-8)
     assert solution.ok
     assert torch.linalg.vector_norm(at.yy(solution.x) - b) <= 1e-7 * torch.linalg.vector_norm(b)
@@ -633,7 +678,7 @@ def test_float64_systems_are_solved_by_float32_products(mixed):
     assert at.outputs.single.calls[0].X.dtype is torch.float32
     assert at.outputs.calls[0].single is at.outputs.calls[0].single  # kept
     if systems.factor is not None:
-        assert systems.factor.Q.dtype is torch.float32
+        assert systems.factor.Z.dtype is torch.float32
 
 
 def test_a_preconditioner_from_elsewhere_is_suspected_before_float32(mixed):
@@ -641,7 +686,7 @@ def test_a_preconditioner_from_elsewhere_is_suspected_before_float32(mixed):
     h = Objective(p, lower=1.0, counts=OracleCounts())
     there, at = h.linearise(p.x + 1.0, p.y, "y"), h.linearise(p.x, p.y, "y")
     made = systems.kept.make(systems.ladder(there).kronecker[0], systems.operator(there), there)
-    made.scale = made.scale * torch.logspace(-18, 18, made.scale.numel(), dtype=D).view(made.scale.shape).float()
+    made.U = made.U * torch.logspace(-9, 9, len(made.U))[:, None]
     assert systems.solve(at, randn(1, p.dy), tol=1e-8).ok
     assert systems.factor is not made
     assert systems.kept.is_born_at(at)

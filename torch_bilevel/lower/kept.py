@@ -34,11 +34,11 @@ MAX_FACTOR = 12_000
 BLOCK_DISCOUNT = 2
 #: iterations of a solve with a Cholesky factor of some points ago.
 AGED_SOLVE = 6
-#: iterations from which the outputs' Hessian pays for products alone: finding it takes products itself, K + 4 of them, and each
-#: product by it saves a part of one.
-MANY = 20
+#: iterations from which the outputs' Hessian pays for products alone: finding it takes the time of five, and each product by it
+#: saves a third of one.
+MANY = 10
 #: the same where products in float32 then take the place of float64 ones.
-SOME = 5
+SOME = 3
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000
 #: solves that a hyper-Hessian or its Krylov model is reckoned to take.

@@ -29,7 +29,7 @@ from ..outputs import (
     LinearCall,
     OutputHessian,
     products_pay,
-    products_to_factor,
+    products_to_find,
     single_pays,
     watch,  # fmt: skip
 )
@@ -144,7 +144,7 @@ class LowerSystems:
     def products_to_factor(self, objective: Objective, x: Tensor, y: Tensor) -> int:
         """Products with h_yy that a Cholesky factor takes."""
         calls = self.calls(objective, x, y)
-        return products_to_factor(calls) if calls else y.numel()
+        return products_to_find(calls) if calls else y.numel()
 
     def ladder(self, at: Linearisation) -> Ladder:
         """What may be kept, and at what price."""

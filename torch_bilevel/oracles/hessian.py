@@ -17,10 +17,10 @@ from ..outputs import (
     LinearCall,
     dense_multiplications,
     eigenvectors,
+    finding_price,
     in_products,
     one_product,
     price,
-    products_to_factor,
     times_multiplications,  # fmt: skip
 )
 from ..problem import BilevelProblem
@@ -229,7 +229,7 @@ def dense_price(problem: BilevelProblem, systems: LowerSystems) -> float | None:
         return None
     if not outputs_pay([g], [L], dy, dx):
         return None
-    return products_to_factor(L) + price(g, dy**3 / 6 + dy**2 * dx + dy * dx**2 + times_multiplications(L, dy, dx)[0])
+    return finding_price(L) + price(g, dy**3 / 6 + dy**2 * dx + dy * dx**2 + times_multiplications(L, dy, dx)[0])
 
 
 def outputs_pay(ends: list[list[LinearCall]], terms: list[list[LinearCall]], dy: int, dx: int) -> bool:

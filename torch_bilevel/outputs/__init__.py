@@ -6,8 +6,8 @@ that are entries of y; a loss that treats its samples one by one then has
     h_yy = A' B A + diag(d),   h_yx = A' C,      A: y -> z,  B: one (K, K) block a sample,  C: one x_i a sample,
 
 with X' diag(B_kl) X for each pair of outputs: K products and n d^2 K^2 multiplications instead of K d products. Nobody
-declares this: the calls are found by watching the loss, the blocks by a few products, and the whole is believed if it
-multiplies random vectors as the true Hessian does.
+declares this: the calls are found by watching the loss, B and d by derivatives of the loss in z and y apart, and the form is
+believed if they give the true gradient by the chain rule and multiply a random vector as the true derivatives do.
 """
 
 from .calls import LinearCall, watch
@@ -18,20 +18,21 @@ from .prices import (
     dense_multiplications,
     eigenvectors,
     factor_application,
+    finding_price,
     in_products,
     kronecker_application,
     kronecker_price,
     one_product,
     price,
     products_pay,
-    products_to_factor,
+    products_to_find,
     single_pays,
     times_multiplications,
 )
 
 __all__ = [
     "KroneckerPreconditioner", "LinearCall", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
-    "factor_application", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
-    "products_pay", "products_to_factor", "single_pays",
+    "factor_application", "finding_price", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
+    "products_pay", "products_to_find", "single_pays",
     "times_multiplications", "watch",
 ]  # fmt: skip

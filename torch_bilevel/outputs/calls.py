@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..folding import multiply
+
 if TYPE_CHECKING:
     from ..derivatives import Objective
 
-#: products by which an ``OutputHessian`` is found and tested, beside one an output
-PROBES = 4
+#: products by which an ``OutputHessian`` is found and tested, beside one an output; as many more where x is seen as well
+PROBES = 2
 #: learner parameters up to which columns are as cheap
 SMALL = 100
 
@@ -43,32 +45,63 @@ class LinearCall:
         """The same with X in float32, kept."""
         return self if self.X.dtype is torch.float32 else LinearCall(self.number, self.shape, self.X.float(), self.index)
 
+    @cached_property
+    def norm(self) -> Tensor:
+        """The Frobenius norm of X, kept."""
+        return torch.linalg.vector_norm(self.X)
+
+    @property
+    def share(self) -> Tensor:
+        """What a number in y is worth in z: rounding of it at B (K, K, n) is rounding of 1 in X' B X."""
+        return len(self.X) ** 0.5 / self.norm**2
+
+    def by_outputs(self, z: Tensor) -> Tensor:
+        """(K, 1, n) of a tensor of the shape as the loss has it."""
+        return z.reshape(-1, self.index.shape[1]).mT.contiguous().unsqueeze(1)
+
+    def outputs(self, V: Tensor) -> Tensor:
+        """X V for every column: (dy, k) -> (K, k, n)."""
+        d, K = self.index.shape
+        return multiply(self.X, V[self.index.reshape(-1)].view(d, -1)).mT.contiguous().view(K, -1, len(self.X))
+
+    def add_adjoint(self, out: Tensor, W: Tensor) -> Tensor:
+        """out + X' W at the entries of y for every column, in place: (dy, k), (K, k, n) -> (dy, k)."""
+        entries = self.index.reshape(-1)
+        return out.index_add_(0, entries, multiply(self.X.mT, W.view(-1, len(self.X)).mT).view(len(entries), -1))
+
 
 class Watch(TorchFunctionMode):
     """Under it, a loss's linear maps are counted; those of fixed inputs and entries of ``y`` are noted in ``calls``.
 
     Args:
-        y: the leaf (dy,) that the loss is evaluated at, to note; or None.
-        shifts: number -> tensor to add to the output of that call.
+        y: the leaf (dy,) that the loss is evaluated at.
     """
 
-    def __init__(self, y: Tensor | None = None, shifts: dict[int, Tensor] | None = None):
+    def __init__(self, y: Tensor):
         super().__init__()
-        self.y, self.shifts = y, shifts or {}
+        self.y = y
         self.calls: list[LinearCall] = []
         self._found: list[tuple[Tensor, LinearCall]] = []
         self.number = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in ADDS and self.y is not None and not kwargs:
-            self._note_bias(*args)
+        kwargs = kwargs or {}
+        if func in ADDS and not kwargs:
+            args = self._adding(*args)
+        out = func(*args, **kwargs)
         if func is torch.nn.functional.linear or func in MATMULS:
-            if self.y is not None:
-                self._note(func, out, args, kwargs or {})
-            if self.number in self.shifts:
-                out = out + self.shifts[self.number]
+            out = self._called(func, out, args, kwargs)
             self.number += 1
+        return out
+
+    def _adding(self, a: Any, b: Any) -> tuple:
+        """The operands of a sum, seen."""
+        self._note_bias(a, b)
+        return a, b
+
+    def _called(self, func: Any, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The output of a linear map, seen."""
+        self._note(func, out, args, kwargs)
         return out
 
     def _note(self, func: Any, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -92,11 +125,16 @@ class Watch(TorchFunctionMode):
     def _note_bias(self, a: Any, b: Any) -> None:
         """z + b, for z the output of a call and b entries of y, is that of a call with a column of ones."""
         for out, other in ((a, b), (b, a)):
-            call = next((call for known, call in self._found if known is out), None)
-            entries = self._entries(other) if call is not None else None
-            if entries is not None and entries.numel() == call.index.shape[1]:
+            call, entries = self._bias(out, other)
+            if entries is not None:
                 call.index = torch.cat([call.index, entries.reshape(1, -1)])
                 call.X = torch.cat([call.X, call.X.new_ones(len(call.X), 1)], dim=1)
+
+    def _bias(self, out: Any, other: Any) -> tuple[LinearCall | None, Tensor | None]:
+        """The call whose output this is, and, where the other one is a bias for it, which entries of y."""
+        call = next((call for known, call in self._found if known is out), None)
+        entries = self._entries(other) if call is not None else None
+        return call, entries if entries is not None and entries.numel() == call.index.shape[1] else None
 
     def _entries(self, view: Any) -> Tensor | None:
         """Which entries of y a view of it shows, or y itself; or None."""
@@ -106,6 +144,30 @@ class Watch(TorchFunctionMode):
         entries = entries.as_strided(view.shape, view.stride(), view.storage_offset() - self.y.storage_offset())
         distinct = torch.zeros(len(self.y), dtype=torch.bool, device=self.y.device).index_fill_(0, entries.reshape(-1), True)
         return entries if int(distinct.sum()) == entries.numel() else None
+
+
+class Replacement(Watch):
+    """Under it, calls that were noted answer with their value plus a tensor, and know nothing of ``y``; nor do their biases.
+
+    Args:
+        y: the leaf (dy,) that the loss is evaluated at.
+        calls: of this loss. zs: a tensor for each, of the shape of its output.
+    """
+
+    def __init__(self, y: Tensor, calls: list[LinearCall], zs: list[Tensor]):
+        super().__init__(y)
+        self.by_number = {call.number: (call, z) for call, z in zip(calls, zs)}
+
+    def _adding(self, a: Any, b: Any) -> tuple:
+        return (a.detach() if self._bias(b, a)[1] is not None else a), (b.detach() if self._bias(a, b)[1] is not None else b)
+
+    def _called(self, func: Any, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if self.number not in self.by_number:
+            return out
+        call, z = self.by_number[self.number]
+        out = out.detach() + z
+        self._found.append((out, call))
+        return out
 
 
 def watch(objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
@@ -123,4 +185,4 @@ def watch(objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
             if used:
                 next(iter(objective.problem.pieces(level)))[1](x, y)
     calls = mode.calls
-    return calls if calls and 2 * (max(call.index.shape[1] for call in calls) + PROBES) <= len(y) else []
+    return calls if calls and 2 * (max(call.index.shape[1] for call in calls) + 2 * PROBES) <= len(y) else []

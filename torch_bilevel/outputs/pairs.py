@@ -15,7 +15,7 @@ def add_pairs(G: Tensor, group: list[tuple[Tensor, Tensor]], d: int, K: int) -> 
     """
     bands = block_bands(d)
     step = K if len(bands) == 1 else 1
-    group = [(X.mT.contiguous(), B.permute(1, 2, 0).contiguous()) for X, B in group]
+    group = [(X.mT.contiguous(), B) for X, B in group]
     for k in range(K):
         for start in range(k, K, step):
             stop = min(K, start + step)

@@ -15,11 +15,13 @@ LEAST = {"cpu": 1_000_000, "cuda": 400_000_000}
 OUTPUT = {"cpu": 500, "cuda": 0}
 #: multiplications of all eigenvectors of an (n, n) matrix over n^3, and how many take as long as one of its n steps at least
 EIGENVECTORS, STEP = 10, {"cpu": 0, "cuda": 500_000_000}
+#: the same of the inverse of a positive definite matrix
+INVERSE = 2
 #: multiplications of a product with a vector that take as long as reading a number of a factor that no cache holds
 READ = {"cpu": 8, "cuda": 1.5}
 #: the same of one that a cache holds, up to so many rows
 CACHED, CACHED_ROWS = 1.5, 2000
-#: outputs up to which a product by B (n, K, K) is cheaper than the recorded one, on a CPU
+#: outputs up to which a product by B (K, K, n) is cheaper than the recorded one, on a CPU
 FEW_OUTPUTS = 16
 #: multiplications of a product from which float32 in its place pays for finding B, on a CPU
 WORTH_SINGLE = 20_000_000
@@ -44,16 +46,25 @@ def _kind(calls: list[LinearCall]) -> str:
     return "cpu" if calls[0].X.device.type == "cpu" else "cuda"
 
 
-def products_to_factor(calls: list[LinearCall]) -> int:
-    """Products that are counted where h_yy is formed."""
-    return max(call.index.shape[1] for call in calls) + PROBES
+def products_to_find(calls: list[LinearCall], with_x: bool = False) -> int:
+    """Products that are counted where the outputs' Hessian is found: one an output, and those that test it."""
+    return max(call.index.shape[1] for call in calls) + (2 * PROBES if with_x else PROBES)
+
+
+def finding_price(calls: list[LinearCall]) -> float:
+    """The time of finding the outputs' Hessian, in products with a vector: an evaluation, and what is done to outputs."""
+    return 1 + products_to_find(calls) * OUTPUT[_kind(calls)] * _outputs(calls) / one_product(calls)
+
+
+def _outputs(calls: list[LinearCall]) -> int:
+    """Numbers that come out of them."""
+    return sum(len(call.X) * call.index.shape[1] for call in calls)
 
 
 def one_product(calls: list[LinearCall]) -> float:
     """Multiplications that take as long as a product with h_yy, with what is done to the outputs and at least its calls."""
     kind = _kind(calls)
-    outputs = sum(len(call.X) * call.index.shape[1] for call in calls)
-    return max(LEAST[kind], vector_multiplications(calls) + OUTPUT[kind] * outputs)
+    return max(LEAST[kind], vector_multiplications(calls) + OUTPUT[kind] * _outputs(calls))
 
 
 def products_pay(calls: list[LinearCall]) -> bool:
@@ -93,7 +104,7 @@ def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tup
 
 def price(calls: list[LinearCall], more: float = 0.0) -> float:
     """The time of h_yy by these calls and of ``more`` multiplications in large matrix products, in products with a vector."""
-    return products_to_factor(calls) + in_products(calls, dense_multiplications(calls) + more)
+    return finding_price(calls) + in_products(calls, dense_multiplications(calls) + more)
 
 
 def eigenvectors(calls: list[LinearCall], n: int) -> float:
@@ -114,14 +125,14 @@ def corner_ranks(calls: list[LinearCall]) -> dict[int, int]:
 def kronecker_price(calls: list[LinearCall], r: int) -> float:
     """The time of a ``KroneckerPreconditioner`` with a corner of r inputs, in products with a vector."""
     (d, K), n = calls[0].index.shape, sum(len(call.X) for call in calls)
-    made = n * (banded(d) + d * r + banded(r) * K * (K + 1) / 2) + (r * K) ** 3
-    return products_to_factor(calls) + in_products(calls, made + eigenvectors(calls, d))
+    made = n * (banded(d) + d * r + banded(r) * K * (K + 1) / 2) + INVERSE * (d**3 + (r * K) ** 3)
+    return finding_price(calls) + in_products(calls, made)
 
 
 def kronecker_application(calls: list[LinearCall], rows: int) -> float:
     """The time of applying a ``KroneckerPreconditioner`` with a corner of so many rows, in products with a vector."""
     d, K = calls[0].index.shape
-    return (2 * d**2 * K + CACHED * rows**2) / one_product(calls)
+    return (d**2 * K + 2 * d * rows + CACHED * rows**2) / one_product(calls)
 
 
 def factor_application(calls: list[LinearCall], n: int) -> float:
