@@ -10,7 +10,8 @@ from torch.func import grad, hessian
 import torch_bilevel as tb
 from tests import reference
 from torch_bilevel.counting import OracleCounts
-from torch_bilevel.derivatives import BLOCK, Objective
+from torch_bilevel.derivatives import Objective
+from torch_bilevel.recorded import BLOCK
 
 D = torch.float64
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import torch_bilevel as tb
-from torch_bilevel import derivatives, folding
+from torch_bilevel import folding
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.folding import FoldedProducts, fold_left, fold_right, multiply
@@ -38,7 +38,7 @@ def test_other_products_are_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_blocks_of_a_large_problem_are_folded_and_agree_with_single_products(dtype, monkeypatch):
-    monkeypatch.setattr(derivatives, "SMALL", 0)  # every problem counts as large
+    monkeypatch.setattr(folding, "SMALL", 0)  # every problem counts as large
     X, t = randn(30, 6).to(dtype), torch.arange(30) % 3
     learner = torch.nn.Linear(6, 3, dtype=dtype)
 
@@ -135,7 +135,7 @@ def test_mkl_is_held_back_on_other_makers_avx512(is_linux, made, capability, exp
 
 
 def test_recorded_products_of_a_large_problem_go_to_onednn(onednn, monkeypatch):
-    monkeypatch.setattr(derivatives, "SMALL", 0)
+    monkeypatch.setattr(folding, "SMALL", 0)
     X, t = randn(30, 6).float(), torch.arange(30) % 3
 
     def lower(learner, hyper, batch):

@@ -120,8 +120,7 @@ def recorded(p: tb.BilevelProblem, **terms):
 
 
 def found(at):
-    made = calls.watch(at.objective, at.x, at.y)
-    return OutputHessian.of(at, made) if made else None
+    return OutputHessian.of(at) if at.objective.calls(at.x, at.y) else None
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -207,9 +206,9 @@ def test_a_module_on_frozen_features():
     at = recorded(p, lower=1.0)
     o = found(at)
     torch.testing.assert_close(o.dense_yy(), at.yy(torch.eye(p.dy, dtype=D)))
-    assert o.calls[0].X.shape == (N, 7)  # a column of ones for the bias
+    assert o.calls[0].inputs.shape == (N, 7)  # a column of ones for the bias
     chunks = p.at(lower_batch=torch.utils.data.DataLoader(X, batch_size=N))
-    assert not calls.watch(Objective(chunks, lower=1.0, counts=OracleCounts()), p.x, p.y)
+    assert not Objective(chunks, lower=1.0, counts=OracleCounts()).calls(p.x, p.y)
 
 
 def mlp(x, y):
@@ -263,10 +262,10 @@ def test_x_of_other_samples_is_no_cross_term(monkeypatch):
 def test_small_learners_are_not_watched(monkeypatch):
     g, dx, dy, _ = LOSSES["linear_layer"]
     at = recorded(problem(g, dx, dy), lower=1.0)
-    assert calls.watch(at.objective, at.x, at.y)
-    assert not calls.watch(at.objective, at.x.bfloat16(), at.y.bfloat16())
+    assert at.objective.calls(at.x, at.y)
+    assert not at.objective.calls(at.x.bfloat16(), at.y.bfloat16())
     monkeypatch.setattr(calls, "SMALL", dy)
-    assert not calls.watch(at.objective, at.x, at.y)
+    assert not at.objective.calls(at.x, at.y)
 
 
 def cleaning_problem(samples: int = 30, features: int = 12, dtype=D):

@@ -9,7 +9,7 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import torch_bilevel as tb
-from torch_bilevel import derivatives
+from torch_bilevel import folding
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.problem import is_loader
 from torch_bilevel.sparse import samples
@@ -223,10 +223,10 @@ def test_on_cuda() -> None:
 
 
 def test_blocks_of_recorded_products_agree_with_single_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derivatives, "SMALL", 0)  # as for larger problems, whose blocks fold products
+    monkeypatch.setattr(folding, "SMALL", 0)  # as for larger problems, whose blocks fold products
     problem = regression((tb.SparseMatrix(dense()), TARGETS))
     at = Objective(problem, lower=1.0, counts=tb.OracleCounts()).linearise(problem.x, problem.y + 0.1)
     block = torch.randn(problem.dy, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for together, alone in zip(at.to_x(block), zip(*(at.to_x(column) for column in block.T))):
         torch.testing.assert_close(together, torch.stack(alone, 1), rtol=1e-12, atol=1e-12)
-    assert at._graph._batched
+    assert at._graph._has_vmap

@@ -8,7 +8,6 @@ A recorded graph is asked only for the block it is needed for: a product with h_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,33 +15,18 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from .counting import OracleCounts, columns_of
-from .folding import FoldedProducts
+from .folding import fast_products
+from .outputs import calls as calls_module
+from .outputs.calls import LinearCall, look, worth_it
+from .outputs.phi import Phi
 from .problem import BilevelProblem
+from .recorded import Graph, Recorded
 
 Function = Callable[[Tensor, Tensor], Tensor]
-#: columns per vmapped backward pass: 3-10x cheaper per vector up to SMALL unknowns, and about 2x above, where products
-#: that share the data are folded into one
-BLOCK, SMALL_BLOCK, SMALL = 32, 256, 2048
-#: unknowns from which columns go one by one: a block saves nothing there and is slower (2.6 million: twice), and its
-#: memory is that of as many backward passes
-LARGE = 1_000_000
-
-
 def load_torch_func() -> None:
     """Make ``torch.func`` import what it imports on first use (seconds, once a process), before a clock is started."""
     one = torch.ones(1)
     grad_and_value(lambda x: x.sum())(one)
-
-
-def is_large(*points: Tensor) -> bool:
-    """Whether products are dear enough that the microseconds of a dispatch mode do not count."""
-    return sum(point.numel() for point in points) > SMALL
-
-
-def fast_products(*points: Tensor, batched: bool = False):
-    """FoldedProducts for large problems; on a GPU, where there is nothing to turn over, for blocks only."""
-    fold = is_large(*points) and (batched or points[0].device.type == "cpu")
-    return FoldedProducts() if fold else nullcontext()
 
 
 class Objective:
@@ -118,6 +102,13 @@ class Objective:
     def gradient(self, x: Tensor, y: Tensor, wrt: str = "xy") -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(h, h_x, h_y) without a retained graph; a derivative that ``wrt`` does not name is None."""
         self._count("gradients")
+        if self.is_chain(x, y):
+            phi = Phi(self, x, y, wrt, record=False)
+            return phi.value, phi.gx, phi.gy
+        return self._gradient(x, y, wrt)
+
+    def _gradient(self, x: Tensor, y: Tensor, wrt: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """By ``torch.func``, piece by piece."""
         argnums = tuple("xy".index(letter) for letter in wrt)
         value, parts = 0.0, None
         for function in self.functions():
@@ -128,6 +119,28 @@ class Objective:
             parts = pieces if parts is None else [a + b for a, b in zip(parts, pieces)]
         found = dict(zip(wrt, parts))
         return value, found.get("x"), found.get("y")
+
+    def calls(self, x: Tensor, y: Tensor) -> list[LinearCall]:
+        """The linear maps of fixed inputs that f and g make, as far as it uses them, in the order of its calls.
+
+        None of them where the data comes in chunks, where they would save less than half of the products with h_yy, or in
+        bfloat16, where rounding hides what is not of this kind.
+        """
+        if y.numel() <= calls_module.SMALL or not self.is_single or y.dtype not in (torch.float32, torch.float64):
+            return []
+        calls = [call for level, used in self.uses.items() if used for call in look(self.problem, level, x, y)]
+        return calls if worth_it(calls, y.numel()) else []
+
+    def is_chain(self, x: Tensor, y: Tensor) -> bool:
+        """Whether it is evaluated by ``Phi``: all that it does with y goes by linear calls, or entry by entry.
+
+        Found out once for a problem, by one evaluation each way, not counted.
+        """
+        chains = self.problem.seen.chains
+        if self.kind not in chains:
+            phi = Phi(self, x, y, "y", record=False) if self.calls(x, y) else None
+            chains[self.kind] = phi is not None and phi.complete and phi.is_gradient(self._gradient(x, y, "y")[2])
+        return chains[self.kind]
 
     def linearise(self, x: Tensor, y: Tensor, wrt: str = "xy") -> Linearisation:
         """The gradient of h at (x, y), recorded for products."""
@@ -152,10 +165,14 @@ class Linearisation:
         self.outputs: Any = None
         self.objective, self.x, self.y, self.wrt = objective, x.detach(), y.detach(), wrt
         objective._count("gradients")
-        self._graph = None
+        self._graph: Recorded | None = None
+        if objective.is_chain(self.x, self.y):
+            self._graph = graph = Phi(objective, self.x, self.y, wrt)
+            self.value, self.gx, self.gy = graph.value, graph.gx, graph.gy
+            return
         value, gx, gy = 0.0, None, None
         for function in objective.functions():
-            graph = _Graph(function, self.x, self.y, wrt)
+            graph = Graph(function, self.x, self.y, wrt)
             value = value + graph.value
             gx = _plus(gx, graph.gx)
             gy = _plus(gy, graph.gy)
@@ -163,6 +180,11 @@ class Linearisation:
                 self._graph = graph
         self.value = value
         self.gx, self.gy = gx, gy
+
+    @property
+    def phi(self) -> Phi:
+        """The recorded ``Phi``, or one made now for a function that is not evaluated by it."""
+        return self._graph if isinstance(self._graph, Phi) else Phi(self.objective, self.x, self.y, self.wrt)
 
     def yy(self, w: Tensor) -> Tensor:
         """h_yy w."""
@@ -199,76 +221,9 @@ class Linearisation:
             return self._graph.apply(u, w, wrt)
         total: list[Tensor | None] = [None, None]
         for function in self.objective.functions():
-            parts = _Graph(function, self.x, self.y, self.wrt).apply(u, w, wrt)
+            parts = Graph(function, self.x, self.y, self.wrt).apply(u, w, wrt)
             total = [_plus(a, b) for a, b in zip(total, parts)]
         return total[0], total[1]
-
-
-class _Graph:
-    """The recorded gradient of one function at one point."""
-
-    def __init__(self, function: Function, x: Tensor, y: Tensor, wrt: str):
-        self.x = x.clone().requires_grad_(True)
-        self.y = y.clone().requires_grad_(True)
-        argnums = tuple("xy".index(letter) for letter in wrt)
-        with torch.enable_grad(), fast_products(x, y):
-            gradients, value = grad_and_value(function, argnums=argnums)(self.x, self.y)
-        found = dict(zip(wrt, gradients))
-        self._outputs = {letter: found.get(letter) for letter in "xy"}
-        self.value = value.detach()
-        self.gx = found["x"].detach() if "x" in found else None
-        self.gy = found["y"].detach() if "y" in found else None
-        self._batched = True
-
-    def apply(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
-        inputs = [getattr(self, letter) for letter in wrt]
-        outputs, cotangents = [], []
-        for letter, vector in (("x", u), ("y", w)):
-            if vector is None:
-                continue
-            output = self._outputs[letter]
-            if output is None:
-                raise RuntimeError(f"this linearisation has no derivative in {letter}")
-            if output.requires_grad:
-                outputs.append(output)
-                cotangents.append(vector)
-        given = u if u is not None else w
-        if not outputs:
-            results = [given.new_zeros((i.numel(), *given.shape[1:])) for i in inputs]
-        elif given.dim() == 1:
-            results = self._backward(outputs, inputs, cotangents, False)
-        else:
-            results = self._block(outputs, inputs, cotangents)
-        found = dict(zip(wrt, results))
-        return found.get("x"), found.get("y")
-
-    def _block(self, outputs, inputs, cotangents) -> list[Tensor]:
-        columns = cotangents[0].shape[1]
-        if columns == 1 or not self._batched or self.x.numel() + self.y.numel() >= LARGE:
-            singles = [
-                self._backward(outputs, inputs, [c[:, j].contiguous() for c in cotangents], False)
-                for j in range(columns)
-            ]
-            return [torch.stack(parts, dim=1) for parts in zip(*singles)]
-        blocks, size = [], BLOCK if is_large(self.x, self.y) else SMALL_BLOCK
-        for start in range(0, columns, size):
-            rows = [c[:, start : start + size].T.contiguous() for c in cotangents]
-            try:
-                blocks.append(self._backward(outputs, inputs, rows, True))
-            except RuntimeError:  # an operation without a vmap rule: one column at a time, from now on
-                self._batched = False
-                return self._block(outputs, inputs, cotangents)
-        return [torch.cat([part.T for part in parts], dim=1) for parts in zip(*blocks)]
-
-    def _backward(self, outputs, inputs, cotangents, batched: bool) -> list[Tensor]:
-        with fast_products(self.x, self.y, batched=batched):
-            parts = torch.autograd.grad(
-                outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-        rows = cotangents[0].shape[:1] if batched else ()
-        return [
-            part if part is not None else inputs[i].new_zeros((*rows, inputs[i].numel())) for i, part in enumerate(parts)
-        ]
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

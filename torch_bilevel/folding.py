@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ THIN, TALL = (4, 128), 8
 ROWS = 4
 #: multiplications of a product from which oneDNN is worth its call, and a float64 one is filled up
 WORTH = 1_000_000
+#: unknowns up to which the microseconds of a dispatch mode count
+SMALL = 2048
 
 
 class FoldedProducts(TorchDispatchMode):
@@ -44,6 +47,17 @@ class FoldedProducts(TorchDispatchMode):
             if is_thin(*args[1:]) or is_for_onednn(*args[1:]):
                 return multiply(*args[1:]) + args[0]
         return func(*args, **(kwargs or {}))
+
+
+def is_large(*points: Tensor) -> bool:
+    """Whether products are dear enough that the microseconds of a dispatch mode do not count."""
+    return sum(point.numel() for point in points) > SMALL
+
+
+def fast_products(*points: Tensor, batched: bool = False):
+    """FoldedProducts for large problems; on a GPU, where there is nothing to turn over, for blocks only."""
+    fold = is_large(*points) and (batched or points[0].device.type == "cpu")
+    return FoldedProducts() if fold else nullcontext()
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

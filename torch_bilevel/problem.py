@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from .errors import ProblemError, ShapeError
 from .flat import Layout
+from .outputs.calls import Seen
 from .sparse import samples
 
 Piece = tuple[float, Callable[[Tensor, Tensor], Tensor]]
@@ -150,6 +151,7 @@ class BilevelProblem:
         self.dtype, self.device = self.y_layout.dtype, self.y_layout.device
         self.reduction, self.seed = reduction, seed
         self._totals: dict[str, int] = {}
+        self.seen = Seen()
 
     # -- the user's tensors ---------------------------------------------------------------------------------------
 
@@ -193,6 +195,7 @@ class BilevelProblem:
             if batch is not None:
                 other._batches[level] = self._place(batch)
                 other._totals.pop(level, None)
+                other.seen = other.seen.without(level)
         return other
 
     def batch(self, level: str) -> Any:

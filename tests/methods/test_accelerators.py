@@ -7,9 +7,10 @@ import torch
 
 import torch_bilevel as tb
 from tests.problems import ill_conditioned, nonconvex
-from torch_bilevel import derivatives
+from torch_bilevel import folding, recorded
 from torch_bilevel.lower import kept
 from torch_bilevel.methods.model import HessianModel
+from torch_bilevel.outputs import calls
 
 CASES = {"nonconvex": nonconvex(), "ill_conditioned": ill_conditioned()}
 
@@ -19,13 +20,13 @@ def nothing(monkeypatch):
 
 
 def folded(monkeypatch):
-    monkeypatch.setattr(derivatives, "SMALL", 0)
+    monkeypatch.setattr(folding, "SMALL", 0)
     return {}
 
 
 def single_products(monkeypatch):
     for name in ("BLOCK", "SMALL_BLOCK"):
-        monkeypatch.setattr(derivatives, name, 1)
+        monkeypatch.setattr(recorded, name, 1)
     return {}
 
 
@@ -41,6 +42,13 @@ def sketches(monkeypatch):
     monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 1)
     monkeypatch.setattr(kept.KeptFactor, "levels", staticmethod(lambda n, dtype: [n // 4, n // 2]))
     return {"hessian": "krylov"}
+
+
+def by_outputs(monkeypatch):
+    """Learners of a test's size are worth it."""
+    monkeypatch.setattr(calls, "SMALL", 0)
+    monkeypatch.setattr(calls, "PROBES", -100)
+    return {}
 
 
 def krylov(monkeypatch):
@@ -61,7 +69,10 @@ def ritz_vectors(monkeypatch):
     return {}
 
 
-SETTINGS = (nothing, folded, single_products, nothing_kept, a_factor_everywhere, sketches, krylov, uncorrected, ritz_vectors)
+SETTINGS = (
+    nothing, folded, single_products, by_outputs, nothing_kept, a_factor_everywhere, sketches, krylov, uncorrected,
+    ritz_vectors,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)

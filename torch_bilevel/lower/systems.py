@@ -31,7 +31,6 @@ from ..outputs import (
     products_pay,
     products_to_find,
     single_pays,
-    watch,  # fmt: skip
 )
 from ..problem import BilevelProblem
 from .kept import MANY, SOME, Factor, KeptFactor, Ladder, factor_price, is_exact
@@ -91,7 +90,6 @@ class LowerSystems:
         self.spectrum = None if spectrum is None else Spectrum(*map(float, spectrum))
         self._spectrum_given = spectrum is not None
         self.kept = KeptFactor()
-        self._calls: dict[str, tuple[Any, list[LinearCall]]] = {}  # kind of objective: data, calls
         self._single = True  # whether float32 has served float64 systems so far
         self._by_outputs: dict[str, bool] = {}  # whether its Hessian was seen to be that of its outputs
 
@@ -122,24 +120,15 @@ class LowerSystems:
         """h_yy at the recorded point by the learner's outputs, or None where that is not to be had or saves nothing."""
         if at.outputs is None:
             calls = self.calls(at.objective, at.x, at.y)
-            at.outputs = OutputHessian.of(at, calls) if calls else None
+            at.outputs = OutputHessian.of(at) if calls else None
             if calls:
                 self._by_outputs[at.objective.kind] = at.outputs is not None
         return at.outputs
 
     def calls(self, objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
-        """The linear maps by which such an objective sees the learner; none where its Hessian was seen to be no sum of theirs.
-
-        Looked up once for the problem's data: what does not depend on x or y is the same everywhere.
-        """
-        kind, data = objective.kind, objective.problem.data()
-        if self._by_outputs.get(kind) is False:
-            return []
-        kept, calls = self._calls.get(kind, (None, []))
-        if kept is None or any(a is not b for a, b in zip(kept, data)):
-            calls = watch(objective, x, y)
-            self._calls[kind] = data, calls
-        return calls
+        """The linear maps by which such an objective sees the learner; none where its Hessian was seen to be no sum of theirs."""
+        refused = self._by_outputs.get(objective.kind) is False
+        return [] if refused else objective.calls(x, y)
 
     def products_to_factor(self, objective: Objective, x: Tensor, y: Tensor) -> int:
         """Products with h_yy that a Cholesky factor takes."""

@@ -1,8 +1,8 @@
-"""Which linear maps of fixed inputs a loss makes, found by watching it."""
+"""Which linear maps of fixed inputs a loss makes, found by watching it, and the loss with their outputs in its hands."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,178 +11,240 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..folding import multiply
+from .losses import FAST
 
 if TYPE_CHECKING:
-    from ..derivatives import Objective
+    from ..problem import BilevelProblem
 
 #: products by which an ``OutputHessian`` is found and tested, beside one an output; as many more where x is seen as well
 PROBES = 2
 #: learner parameters up to which columns are as cheap
 SMALL = 100
 
-MATMULS = (
-    torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__,
-)  # fmt: skip
-ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+MATMULS = frozenset((torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__))
+ADDS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__))
 
 
 @dataclass
 class LinearCall:
-    """z = X V: one linear map of fixed inputs, as a loss has called it.
+    """z = X V + 1 b': one linear map of fixed inputs, as a loss has called it.
 
     Attributes:
-        number: which of the loss's calls it was. shape: of z as the loss got it.
-        X: (n, d), with a column of ones where the layer has a bias. index: (d, K), V = y[index].
+        shape: of z as the loss got it.
+        X: (n, d). weights: (d, K), V = y[weights]. bias: (K,), b = y[bias], or None.
+        source: the inputs as the loss gave them, kept so that nothing else comes to lie where they do. signs: by which a later
+            call is known to be the same.
     """
 
-    number: int
     shape: torch.Size
     X: Tensor
-    index: Tensor
+    weights: Tensor
+    bias: Tensor | None = None
+    source: Tensor | None = None
+    signs: tuple = ()
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(d, K) or, with a bias, (d + 1, K): z = ``inputs`` y[index]."""
+        return self.weights if self.bias is None else torch.cat([self.weights, self.bias[None]])
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """X with a column of ones where there is a bias, kept."""
+        return self.X if self.bias is None else torch.cat([self.X, self.X.new_ones(len(self.X), 1)], dim=1)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """``weights``, flat (d K,)."""
+        return self.weights.reshape(-1)
 
     @cached_property
     def single(self) -> LinearCall:
         """The same with X in float32, kept."""
-        return self if self.X.dtype is torch.float32 else LinearCall(self.number, self.shape, self.X.float(), self.index)
+        return self if self.X.dtype is torch.float32 else LinearCall(self.shape, self.X.float(), self.weights, self.bias)
 
     @cached_property
     def norm(self) -> Tensor:
-        """The Frobenius norm of X, kept."""
-        return torch.linalg.vector_norm(self.X)
+        """The Frobenius norm of ``inputs``, kept."""
+        ones = 0 if self.bias is None else len(self.X)
+        return (torch.linalg.vector_norm(self.X) ** 2 + ones).sqrt()
 
     @property
     def share(self) -> Tensor:
         """What a number in y is worth in z: rounding of it at B (K, K, n) is rounding of 1 in X' B X."""
         return len(self.X) ** 0.5 / self.norm**2
 
-    def by_outputs(self, z: Tensor) -> Tensor:
-        """(K, 1, n) of a tensor of the shape as the loss has it."""
-        return z.reshape(-1, self.index.shape[1]).mT.contiguous().unsqueeze(1)
-
     def outputs(self, V: Tensor) -> Tensor:
-        """X V for every column: (dy, k) -> (K, k, n)."""
-        d, K = self.index.shape
-        return multiply(self.X, V[self.index.reshape(-1)].view(d, -1)).mT.contiguous().view(K, -1, len(self.X))
+        """z for every column: (dy, k) -> (K, k, n)."""
+        d, K = self.weights.shape
+        Z = multiply(self.X, V[self.entries].view(d, -1)).mT.contiguous().view(K, -1, len(self.X))
+        return Z if self.bias is None else Z.add_(V[self.bias][:, :, None])
 
     def add_adjoint(self, out: Tensor, W: Tensor) -> Tensor:
         """out + X' W at the entries of y for every column, in place: (dy, k), (K, k, n) -> (dy, k)."""
-        entries = self.index.reshape(-1)
-        return out.index_add_(0, entries, multiply(self.X.mT, W.view(-1, len(self.X)).mT).view(len(entries), -1))
+        back = multiply(self.X.mT, W.reshape(-1, len(self.X)).mT)
+        out.index_add_(0, self.entries, back.view(len(self.entries), -1))
+        return out if self.bias is None else out.index_add_(0, self.bias, W.sum(2))
+
+    def by_outputs(self, z: Tensor) -> Tensor:
+        """(K, 1, n) of a tensor of the loss's shape; of a stack of them (k, ...), (K, k, n)."""
+        K, n = self.weights.shape[1], len(self.X)
+        return z.reshape(-1, n, K).permute(2, 0, 1).contiguous()
+
+    def as_called(self, Z: Tensor) -> Tensor:
+        """A stack (k, ...) of tensors of the loss's shape: the inverse of ``by_outputs``."""
+        return Z.permute(1, 2, 0).reshape(Z.shape[1], *self.shape)
+
+
+@dataclass
+class Seen:
+    """What was seen of a problem's losses.
+
+    Attributes:
+        calls: level -> its linear maps, in the order of the loss, as last called.
+        chains: kind of objective -> whether all that it does with y goes by its calls, but for what is done entry by entry, so
+            that it is evaluated by ``Phi``.
+    """
+
+    calls: dict[str, list[LinearCall]] = field(default_factory=dict)
+    chains: dict[str, bool] = field(default_factory=dict)
+
+    def without(self, level: str) -> Seen:
+        """For other data of one level; what the losses are stays true."""
+        return Seen({name: calls for name, calls in self.calls.items() if name != level}, self.chains)
 
 
 class Watch(TorchFunctionMode):
-    """Under it, a loss's linear maps are counted; those of fixed inputs and entries of ``y`` are noted in ``calls``.
+    """Under it, a linear map of fixed inputs by entries of ``y`` answers with a leaf of the right value, which is noted.
+
+    What the loss makes of y beside them is all that still depends on y. A bias, in the call or added to it, is part of the leaf.
+    Cross entropies go by ``losses``.
 
     Args:
-        y: the leaf (dy,) that the loss is evaluated at.
-    """
+        y: (dy,), with views that know their base; it must require a gradient.
+        known: the calls of an evaluation before, which are noted again where they are the same.
 
-    def __init__(self, y: Tensor):
+    Attributes:
+        found: (leaf, call), in their order.
+        complete: whether no other linear map had anything to do with y or x, but for dot products.
+    """  # a call's output and a bias that is added to it must be used for nothing else: who relies on this tests the gradient
+
+    def __init__(self, y: Tensor, known: list[LinearCall] = ()):
         super().__init__()
-        self.y = y
-        self.calls: list[LinearCall] = []
-        self._found: list[tuple[Tensor, LinearCall]] = []
-        self.number = 0
+        self.y, self.known, self.complete = y, known, True
+        self._notes: list[dict[str, Any]] = []
+        self._views: dict[tuple, Tensor | None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in ADDS and not kwargs:
-            args = self._adding(*args)
-        out = func(*args, **kwargs)
         if func is torch.nn.functional.linear or func in MATMULS:
-            out = self._called(func, out, args, kwargs)
-            self.number += 1
-        return out
+            out = self._note(func, args, kwargs)
+            if out is None:
+                out = func(*args, **kwargs)
+                self.complete = self.complete and not (isinstance(out, Tensor) and out.requires_grad and out.numel() > 1)
+            return out
+        if func in FAST:
+            out = FAST[func](*args, **kwargs)
+        else:
+            out = self._with_bias(*args) if func in ADDS and not kwargs else None
+        return func(*args, **kwargs) if out is None else out
 
-    def _adding(self, a: Any, b: Any) -> tuple:
-        """The operands of a sum, seen."""
-        self._note_bias(a, b)
-        return a, b
-
-    def _called(self, func: Any, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The output of a linear map, seen."""
-        self._note(func, out, args, kwargs)
-        return out
-
-    def _note(self, func: Any, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """The leaf for X V + b, or None where it is no such call."""
         if len(args) < 2 or not kwargs.keys() <= {"bias"}:
-            return
+            return None
         X, weight, bias = *args[:2], args[2] if len(args) > 2 else kwargs.get("bias")
         if not isinstance(X, Tensor) or X.layout is not torch.strided or X.requires_grad or X.dim() == 0:
-            return
-        index = self._entries(weight)
+            return None
+        index = self._index(weight)
         if index is None or X.dtype != self.y.dtype:
-            return
-        index = index.T if func is torch.nn.functional.linear else index
+            return None
+        by_rows = func is torch.nn.functional.linear and weight.dim() == 2
+        index = index.T if by_rows else index
         index = index.reshape(len(index), -1)  # a vector of weights has one output
         if index.shape[0] != X.shape[-1]:
-            return
-        self.calls.append(LinearCall(self.number, out.shape, X.detach().reshape(-1, X.shape[-1]), index))
-        self._found.append((out, self.calls[-1]))
-        if isinstance(bias, Tensor) and bias.requires_grad:
-            self._note_bias(out, bias)
+            return None
+        offset = None
+        if isinstance(bias, Tensor):
+            offset = self._index(bias)
+            if offset is None and bias.requires_grad:
+                return None
+        weight = weight.detach().T if by_rows else weight.detach()
+        z = multiply(X.detach().reshape(-1, X.shape[-1]), weight.reshape(index.shape))
+        if isinstance(bias, Tensor):
+            z = z + bias.detach()
+        shape = X.shape[:-1] + (weight.shape[1:] if weight.dim() > 1 else ())
+        note = {"X": X.detach(), "weights": index, "bias": None if offset is None else offset.reshape(-1),
+                "signs": [*_sign(X), _version(X), *_sign(args[1])[1:], *(() if offset is None else _sign(bias)[1:])]}  # fmt: skip
+        self._notes.append(note)
+        return self._answer(note, z.view(shape))
 
-    def _note_bias(self, a: Any, b: Any) -> None:
-        """z + b, for z the output of a call and b entries of y, is that of a call with a column of ones."""
+    @staticmethod
+    def _answer(note: dict[str, Any], z: Tensor) -> Tensor:
+        """A leaf of this value as the loss gets it: a copy, which it may write to."""
+        note["leaf"] = z.requires_grad_(True)
+        note["answer"] = note["leaf"].clone()
+        return note["answer"]
+
+    def _with_bias(self, a: Any, b: Any) -> Tensor | None:
+        """z + b, for z a call's answer and b as many entries of y: another leaf in its place."""
         for out, other in ((a, b), (b, a)):
-            call, entries = self._bias(out, other)
-            if entries is not None:
-                call.index = torch.cat([call.index, entries.reshape(1, -1)])
-                call.X = torch.cat([call.X, call.X.new_ones(len(call.X), 1)], dim=1)
+            note = next((note for note in self._notes if note["answer"] is out), None)
+            entries = self._index(other) if note is not None else None
+            if entries is not None and entries.numel() == note["weights"].shape[1] and note["bias"] is None:
+                note["bias"] = entries.reshape(-1)
+                note["signs"].extend(_sign(other)[1:])
+                return self._answer(note, out.detach() + other.detach())
+        return None
 
-    def _bias(self, out: Any, other: Any) -> tuple[LinearCall | None, Tensor | None]:
-        """The call whose output this is, and, where the other one is a bias for it, which entries of y."""
-        call = next((call for known, call in self._found if known is out), None)
-        entries = self._entries(other) if call is not None else None
-        return call, entries if entries is not None and entries.numel() == call.index.shape[1] else None
-
-    def _entries(self, view: Any) -> Tensor | None:
+    def _index(self, view: Any) -> Tensor | None:
         """Which entries of y a view of it shows, or y itself; or None."""
         if not isinstance(view, Tensor) or view.dim() > 2 or not (view is self.y or view._base is self.y):
             return None
-        entries = torch.arange(len(self.y), device=self.y.device)
-        entries = entries.as_strided(view.shape, view.stride(), view.storage_offset() - self.y.storage_offset())
-        distinct = torch.zeros(len(self.y), dtype=torch.bool, device=self.y.device).index_fill_(0, entries.reshape(-1), True)
-        return entries if int(distinct.sum()) == entries.numel() else None
+        key = _sign(view)[1:]
+        if key not in self._views:
+            entries = torch.arange(len(self.y), device=self.y.device)
+            entries = entries.as_strided(view.shape, view.stride(), view.storage_offset() - self.y.storage_offset())
+            distinct = torch.zeros(len(self.y), dtype=torch.bool, device=self.y.device).index_fill_(0, entries.reshape(-1), True)
+            self._views[key] = entries if int(distinct.sum()) == entries.numel() else None
+        return self._views[key]
+
+    @property
+    def found(self) -> list[tuple[Tensor, LinearCall]]:
+        """(leaf, call) of all calls so far."""
+        return [(note["leaf"], self._call(i, note)) for i, note in enumerate(self._notes)]
+
+    def _call(self, i: int, note: dict[str, Any]) -> LinearCall:
+        signs, shape = tuple(note["signs"]), note["leaf"].shape
+        if i < len(self.known) and self.known[i].signs == signs:
+            return self.known[i]
+        X = note["X"].reshape(-1, note["X"].shape[-1])
+        return LinearCall(shape, X, note["weights"], note["bias"], note["X"], signs)
 
 
-class Replacement(Watch):
-    """Under it, calls that were noted answer with their value plus a tensor, and know nothing of ``y``; nor do their biases.
+def _sign(t: Tensor) -> tuple:
+    """Where it lies, and how."""
+    return t.data_ptr(), t.shape, t.stride(), t.storage_offset()
 
-    Args:
-        y: the leaf (dy,) that the loss is evaluated at.
-        calls: of this loss. zs: a tensor for each, of the shape of its output.
+
+def _version(t: Tensor) -> int:
+    """How often it was written to."""
+    return 0 if t.is_inference() else t._version
+
+
+def look(problem: BilevelProblem, level: str, x: Tensor, y: Tensor) -> list[LinearCall]:
+    """The linear maps of fixed inputs in the loss of a level, whose data is one batch.
+
+    Cost: an evaluation of the loss where it was not evaluated on these data before; not counted, like the checks of a problem.
     """
-
-    def __init__(self, y: Tensor, calls: list[LinearCall], zs: list[Tensor]):
-        super().__init__(y)
-        self.by_number = {call.number: (call, z) for call, z in zip(calls, zs)}
-
-    def _adding(self, a: Any, b: Any) -> tuple:
-        return (a.detach() if self._bias(b, a)[1] is not None else a), (b.detach() if self._bias(a, b)[1] is not None else b)
-
-    def _called(self, func: Any, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if self.number not in self.by_number:
-            return out
-        call, z = self.by_number[self.number]
-        out = out.detach() + z
-        self._found.append((out, call))
-        return out
+    if level not in problem.seen.calls:
+        x, y = x.detach().clone().requires_grad_(True), y.detach().clone().requires_grad_(True)
+        with torch.enable_grad(), Watch(y) as watch:
+            next(iter(problem.pieces(level)))[1](x, y)
+        problem.seen.calls[level] = [call for _, call in watch.found]
+    return problem.seen.calls[level]
 
 
-def watch(objective: Objective, x: Tensor, y: Tensor) -> list[LinearCall]:
-    """The linear maps of fixed inputs in f and g, as far as the objective uses them, in the order of its calls.
-
-    None of them where the data comes in chunks, where they would save less than half of the products with h_yy, or in
-    bfloat16, where rounding hides what is not of this kind.
-    Cost: one evaluation of the losses, not counted: it is made once a run, like the checks of the problem.
-    """
-    if len(y) <= SMALL or not objective.is_single or y.dtype not in (torch.float32, torch.float64):
-        return []
-    x, y = x.clone().requires_grad_(True), y.clone().requires_grad_(True)
-    with torch.enable_grad(), Watch(y) as mode:
-        for level, used in objective.uses.items():
-            if used:
-                next(iter(objective.problem.pieces(level)))[1](x, y)
-    calls = mode.calls
-    return calls if calls and 2 * (max(call.index.shape[1] for call in calls) + 2 * PROBES) <= len(y) else []
+def worth_it(calls: list[LinearCall], dy: int) -> bool:
+    """Whether a Hessian by these calls saves half of the products with h_yy, or more."""
+    return bool(calls) and 2 * (max(call.index.shape[1] for call in calls) + 2 * PROBES) <= dy

@@ -38,16 +38,17 @@ class OutputHessian:
         self.xx: Tensor | None = None
 
     @classmethod
-    def of(cls, at: Linearisation, calls: list[LinearCall]) -> OutputHessian | None:
+    def of(cls, at: Linearisation) -> OutputHessian | None:
         """That of ``at``, whose objective makes these calls, or None where it is not of this kind.
 
         Cost: an evaluation with its graph; max K products with the outputs' Hessian and two, or four, to test it.
         """
-        at.objective._count("products", products_to_find(calls, "x" in at.wrt))
-        found = find(at, calls)
+        phi = at.phi
+        at.objective._count("products", products_to_find(phi.calls, "x" in at.wrt))
+        found = find(phi) if phi.is_gradient(at.gy) else None
         if found is None:
             return None
-        self = cls(calls, found.blocks, found.diagonal)
+        self = cls(phi.calls, found.blocks, found.diagonal)
         self.cross, self.xx = found.cross, found.xx
         return self
 
@@ -67,7 +68,7 @@ class OutputHessian:
     def yx(self, u: Tensor) -> Tensor:
         """h_yx u, (dy,), from ``cross``."""
         call, C = self.cross
-        return u.new_zeros(len(self.diagonal)).index_add(0, call.index.reshape(-1), (call.X.mT @ (C * u[:, None])).reshape(-1))
+        return call.add_adjoint(u.new_zeros(len(self.diagonal), 1), (C * u[:, None]).mT.unsqueeze(1))[:, 0]
 
     def dense_yy(self) -> Tensor:
         """(dy, dy). Cost: sum over the calls of n d^2 K (K + 1) / 2 multiplications, two thirds of that where d >= 128; memory:
@@ -76,7 +77,7 @@ class OutputHessian:
         H = torch.diag(self.diagonal)
         while rest:
             index = rest[0][0].index
-            group = [(call.X, B) for call, B in rest if torch.equal(call.index, index)]
+            group = [(call.inputs, B) for call, B in rest if torch.equal(call.index, index)]
             rest = [(call, B) for call, B in rest if not torch.equal(call.index, index)]
             place = index.T.reshape(-1)
             G = add_pairs(H.new_zeros(len(place), len(place)), group, *index.shape)
@@ -96,7 +97,7 @@ class OutputHessian:
 
     def preconditioner(self, rank: int, damping: float = 0.0) -> KroneckerPreconditioner:
         """For h_yy + damping I, with a corner of ``rank`` inputs. Calls must share their weights. Look at ``.ok``."""
-        inputs, index = [call.X for call in self.calls], self.calls[0].index
+        inputs, index = [call.inputs for call in self.calls], self.calls[0].index
         return KroneckerPreconditioner(inputs, self.blocks, index, self.diagonal + damping, rank)
 
     def dense_yx(self) -> Tensor:
@@ -104,5 +105,5 @@ class OutputHessian:
         call, C = self.cross
         G = torch.zeros(len(self.diagonal), len(C), dtype=C.dtype, device=C.device)
         for k in range(C.shape[1]):
-            G[call.index[:, k]] = (C[:, k, None] * call.X).mT
+            G[call.index[:, k]] = (C[:, k, None] * call.inputs).mT
         return G

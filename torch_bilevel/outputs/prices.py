@@ -12,7 +12,7 @@ GEMM = {"cpu": 0.6, "cuda": 0.15}
 #: multiplications of a product with a vector that take as long as the calls it is made of
 LEAST = {"cpu": 1_000_000, "cuda": 400_000_000}
 #: the same of what is done to one output of one sample beside the product, exponentials and sums
-OUTPUT = {"cpu": 500, "cuda": 0}
+OUTPUT = {"cpu": 300, "cuda": 0}
 #: multiplications of all eigenvectors of an (n, n) matrix over n^3, and how many take as long as one of its n steps at least
 EIGENVECTORS, STEP = 10, {"cpu": 0, "cuda": 500_000_000}
 #: the same of the inverse of a positive definite matrix
@@ -52,8 +52,8 @@ def products_to_find(calls: list[LinearCall], with_x: bool = False) -> int:
 
 
 def finding_price(calls: list[LinearCall]) -> float:
-    """The time of finding the outputs' Hessian, in products with a vector: an evaluation, and what is done to outputs."""
-    return 1 + products_to_find(calls) * OUTPUT[_kind(calls)] * _outputs(calls) / one_product(calls)
+    """The time of finding the outputs' Hessian, in products with a vector: what is done to outputs, at least one product."""
+    return max(1.0, products_to_find(calls) * OUTPUT[_kind(calls)] * _outputs(calls) / one_product(calls))
 
 
 def _outputs(calls: list[LinearCall]) -> int:
