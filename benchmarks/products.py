@@ -4,7 +4,8 @@
 
 Products come from one recorded gradient (``Linearisation.yy``), as every solver of the library takes them. Floors: for
 a softmax layer the closed form, two matrix products a block; for the MLP its matrix products alone, six a layer and
-four less at the ends. Before that, thin float64 products filled up or not, and float32 products by MKL and by oneDNN.
+four less at the ends. Before that, thin float64 products filled up or not, cross entropies, and float32 products by MKL and by
+oneDNN.
 Memory: the rise of the resident set while a block is multiplied; 'recorded' is what the recorded graph holds.
 """
 
@@ -24,6 +25,7 @@ from benchmarks.problems import Setting, images
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.folding import has_onednn, mkl_is_held_back, onednn, turn_over
+from torch_bilevel.outputs import losses as fast
 
 BLOCKS = (1, 4, 16, 64, 256)
 
@@ -157,10 +159,38 @@ def filled(args) -> dict:
     return found
 
 
+def losses(args) -> dict:
+    """Cross entropies of ten classes by PyTorch's kernels and by ``outputs.losses``, in turns: a recorded gradient, a product."""
+    n, K = (500, 10) if args.quick else (5000, 10)
+    rows, found = [], {}
+    for dtype in (torch.float32, torch.float64):
+        gen = torch.Generator().manual_seed(0)
+        z, v = (torch.randn(n, K, generator=gen, dtype=dtype) for _ in range(2))
+        z, labels = z.requires_grad_(True), torch.randint(K, (n,), generator=gen)
+
+        def recorded(loss: Callable, z: torch.Tensor = z, labels: torch.Tensor = labels) -> torch.Tensor:
+            return torch.autograd.grad(loss(z, labels), z, create_graph=True)[0]
+
+        both = {"PyTorch": cross_entropy, "ours": fast.cross_entropy}
+        for name in ("gradient, recorded", "product"):
+            if name == "product":
+                graphs = {who: recorded(loss) for who, loss in both.items()}
+                runs = {who: lambda g=g, z=z, v=v: torch.autograd.grad(g, z, v, retain_graph=True) for who, g in graphs.items()}
+            else:
+                runs = {who: lambda loss=loss, recorded=recorded: recorded(loss) for who, loss in both.items()}
+            times = interleaved(runs, 3 * args.repeats, max_seconds=args.max_seconds)
+            label = f"{name}, {str(dtype)[6:]}"
+            found[label] = times
+            rows.append([label, times["PyTorch"], times["ours"]])
+    print(f"\n## Cross entropy of {n} samples, {K} classes\n")
+    print(markdown(["", "PyTorch's, ms", "ours, ms"], rows))
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__)
     args = begin(parser, argv)
-    record: dict = {"filled": filled(args)}
+    record: dict = {"filled": filled(args), "losses": losses(args)}
     if has_onednn():
         record["libraries"] = libraries(args)
         finish(args, record)

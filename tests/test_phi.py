@@ -25,6 +25,7 @@ def small(monkeypatch):
     """Learners of a test's size are worth it."""
     monkeypatch.setattr(calls, "SMALL", 0)
     monkeypatch.setattr(calls, "PROBES", -100)
+    monkeypatch.setattr(losses, "WORTH", 0)
 
 
 def objective(p, **terms):
@@ -173,6 +174,18 @@ def test_other_data_are_seen():
     close(objective(p, lower=1.0).gradient(p.x, p.y)[2], objective(learner_problem((X, LABELS)), lower=1.0).gradient(p.x, p.y)[2])
 
 
+def test_the_other_batch_of_a_minimax_problem_is_seen():
+    def loss(learner, player, batch):
+        return F.cross_entropy(learner(batch), LABELS) - (player.weight**2).sum()
+
+    torch.manual_seed(0)
+    p = tb.MinimaxProblem(nn.Linear(D_IN, K).to(D), nn.Linear(D_IN, K).to(D), loss, X, check=False)
+    look = objective(p, lower=1.0)
+    look.calls(p.x, p.y)
+    assert "lower" in p.seen.calls
+    assert not p.at(X + 1).seen.calls
+
+
 def test_data_that_were_written_to_are_seen():
     inputs = X.clone()
     p = learner_problem((inputs, LABELS))
@@ -249,6 +262,12 @@ Z = randn(1, 4, 3)
 )
 def test_other_cross_entropies_are_left_to_torch(arguments, options):
     assert losses.cross_entropy(*arguments, **options) is None
+
+
+def test_small_cross_entropies_are_left_to_torch(monkeypatch):
+    assert losses.cross_entropy(Z, torch.tensor([0, 1, 1, 2])) is not None
+    monkeypatch.setattr(losses, "WORTH", Z.numel() + 1)
+    assert losses.cross_entropy(Z, torch.tensor([0, 1, 1, 2])) is None
 
 
 def test_other_log_softmaxes_are_left_to_torch():

@@ -67,8 +67,11 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """
     if is_for_onednn(a, b):
         by_rows = a.stride(1) == 1 or (b.stride(0) != 1 and a.numel() <= b.numel())  # else a copy, at least of the smaller
+        by_rows = by_rows and not (b.stride(0) == 1 and is_thin(b.mT, a.mT))
         return onednn(a, b.mT) if by_rows else onednn(b.mT, a).mT.contiguous()
-    return turn_over(a, b) if is_thin(a, b) else a @ b
+    if is_thin(a, b):
+        return turn_over(a, b)
+    return fill_up(a, b) if is_thin(b.mT, a.mT) else a @ b
 
 
 def is_for_onednn(a: Tensor, b: Tensor) -> bool:
@@ -115,15 +118,20 @@ def is_thin(a: Tensor, b: Tensor) -> bool:
 
 
 def turn_over(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as (b' a')': (n, k), (k, m) -> (n, m), laid out as ``mm`` would: what follows is slow on mixed layouts.
+    """a @ b as (b' a')': (n, k), (k, m) -> (n, m), laid out as ``mm`` would: what follows is slow on mixed layouts."""
+    return fill_up(b.mT.contiguous(), a.mT).mT.contiguous()
 
-    A large float64 b is filled up to a multiple of ROWS columns: MKL takes longer with 10 than with 12 (``benchmarks.products``).
+
+def fill_up(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with few rows in a: where that is a large float64 one, filled up to a multiple of ROWS.
+
+    MKL takes longer with 10 than with 12 (``benchmarks.products``).
     """
-    k, m = b.shape
+    m, k = a.shape
     missing = -m % ROWS
-    if missing and b.dtype is torch.float64 and a.numel() * m >= WORTH:
-        b = torch.cat([b, b.new_zeros(k, missing)], dim=1)
-    return (b.mT.contiguous() @ a.mT)[:m].mT.contiguous()
+    if missing and a.dtype is torch.float64 and b.numel() * m >= WORTH:
+        return (torch.cat([a, a.new_zeros(missing, k)]) @ b)[:m]
+    return a @ b
 
 
 def fold_right(a: Tensor, b: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ class MinimaxProblem(BilevelProblem):
         if batch is not None:
             placed = self._place(batch)
             other._batches = {"lower": placed, "upper": placed}
+            other.seen = self.seen.without("lower").without("upper")
         return other
 
     def data(self) -> tuple[Any, ...]:

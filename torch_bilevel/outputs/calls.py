@@ -55,8 +55,8 @@ class LinearCall:
 
     @cached_property
     def entries(self) -> Tensor:
-        """``weights``, flat (d K,)."""
-        return self.weights.reshape(-1)
+        """``weights``, output by output (K d,)."""
+        return self.weights.mT.reshape(-1)
 
     @cached_property
     def single(self) -> LinearCall:
@@ -76,14 +76,16 @@ class LinearCall:
 
     def outputs(self, V: Tensor) -> Tensor:
         """z for every column: (dy, k) -> (K, k, n)."""
-        d, K = self.weights.shape
-        Z = multiply(self.X, V[self.entries].view(d, -1)).mT.contiguous().view(K, -1, len(self.X))
+        n, (d, K), k = len(self.X), self.weights.shape, V.shape[1]
+        rows = V[self.entries].view(K, d, k).mT.reshape(K * k, d)
+        Z = multiply(rows, self.X.mT).view(K, k, n)
         return Z if self.bias is None else Z.add_(V[self.bias][:, :, None])
 
     def add_adjoint(self, out: Tensor, W: Tensor) -> Tensor:
         """out + X' W at the entries of y for every column, in place: (dy, k), (K, k, n) -> (dy, k)."""
-        back = multiply(self.X.mT, W.reshape(-1, len(self.X)).mT)
-        out.index_add_(0, self.entries, back.view(len(self.entries), -1))
+        n, (d, K), k = len(self.X), self.weights.shape, out.shape[1]
+        back = multiply(W.reshape(K * k, n), self.X).view(K, k, d).mT.reshape(K * d, k)
+        out.index_add_(0, self.entries, back)
         return out if self.bias is None else out.index_add_(0, self.bias, W.sum(2))
 
     def by_outputs(self, z: Tensor) -> Tensor:
@@ -104,14 +106,16 @@ class Seen:
         calls: level -> its linear maps, in the order of the loss, as last called.
         chains: kind of objective -> whether all that it does with y goes by its calls, but for what is done entry by entry, so
             that it is evaluated by ``Phi``.
+        views: shape, strides and offset of a view of y -> which entries it shows, or None where some twice.
     """
 
     calls: dict[str, list[LinearCall]] = field(default_factory=dict)
     chains: dict[str, bool] = field(default_factory=dict)
+    views: dict[tuple, Tensor | None] = field(default_factory=dict)
 
     def without(self, level: str) -> Seen:
         """For other data of one level; what the losses are stays true."""
-        return Seen({name: calls for name, calls in self.calls.items() if name != level}, self.chains)
+        return Seen({name: calls for name, calls in self.calls.items() if name != level}, self.chains, self.views)
 
 
 class Watch(TorchFunctionMode):
@@ -121,19 +125,19 @@ class Watch(TorchFunctionMode):
     Cross entropies go by ``losses``.
 
     Args:
-        y: (dy,), with views that know their base; it must require a gradient.
-        known: the calls of an evaluation before, which are noted again where they are the same.
+        y: (dy,), a tensor of its own that requires a gradient, so that views know their base.
+        seen: of the same problem, before. level: whose loss it is; its calls are noted again where they are the same.
 
     Attributes:
         found: (leaf, call), in their order.
         complete: whether no other linear map had anything to do with y or x, but for dot products.
     """  # a call's output and a bias that is added to it must be used for nothing else: who relies on this tests the gradient
 
-    def __init__(self, y: Tensor, known: list[LinearCall] = ()):
+    def __init__(self, y: Tensor, seen: Seen, level: str):
         super().__init__()
-        self.y, self.known, self.complete = y, known, True
+        self.y, self.known, self.complete = y, seen.calls.get(level, []), True
         self._notes: list[dict[str, Any]] = []
-        self._views: dict[tuple, Tensor | None] = {}
+        self._views = seen.views
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -239,7 +243,7 @@ def look(problem: BilevelProblem, level: str, x: Tensor, y: Tensor) -> list[Line
     """
     if level not in problem.seen.calls:
         x, y = x.detach().clone().requires_grad_(True), y.detach().clone().requires_grad_(True)
-        with torch.enable_grad(), Watch(y) as watch:
+        with torch.enable_grad(), Watch(y, problem.seen, level) as watch:
             next(iter(problem.pieces(level)))[1](x, y)
         problem.seen.calls[level] = [call for _, call in watch.found]
     return problem.seen.calls[level]

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+#: numbers from which that outweighs the calls
+WORTH = 4000
+
+
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
     reduction: str = "mean", label_smoothing: float = 0.0,
@@ -22,7 +26,7 @@ def cross_entropy(
         return None
     if not (_is_rows(input) and isinstance(target, Tensor) and target.dtype is torch.int64 and target.shape == input.shape[:1]):
         return None
-    lowest, highest = torch.aminmax(target) if len(target) else (-1, -1)
+    lowest, highest = torch.aminmax(target)
     if lowest < 0 or highest >= input.shape[1] or ignore_index >= 0:
         return None
     largest = input.detach().amax(1, keepdim=True)
@@ -39,8 +43,9 @@ def log_softmax(input: Tensor, dim: int | None = None, *rest: Any, dtype: Any = 
 
 
 def _is_rows(t: Any) -> bool:
-    plain = isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu" and t.dim() == 2 and t.shape[1] > 0
-    return plain and t.dtype in (torch.float32, torch.float64)
+    """Whether it is (n, K), large, and on a CPU."""
+    plain = isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
+    return plain and t.dim() == 2 and t.numel() >= max(1, WORTH) and t.dtype in (torch.float32, torch.float64)
 
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda t: t, "mean": torch.mean, "sum": torch.sum}

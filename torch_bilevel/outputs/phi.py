@@ -50,7 +50,7 @@ class Phi(Recorded):
         """phi = a f + b g + b' <g_y, v>, where <g_y, v> = <phi_y, v> + <phi_z, A v> with the phi of g."""
         seen, values, found, self.complete = h.problem.seen, {}, {}, True
         for level in (level for level, used in h.uses.items() if used):
-            with Watch(self.y, seen.calls.get(level, [])) as watch:
+            with Watch(self.y, seen, level) as watch:
                 values[level] = next(iter(h.problem.pieces(level)))[1](self.x, self.y)
             found[level] = watch.found
             seen.calls[level] = [call for _, call in found[level]]
