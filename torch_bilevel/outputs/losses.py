@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 #: numbers from which that outweighs the calls
 WORTH = 4000
 
