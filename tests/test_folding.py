@@ -15,6 +15,7 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.folding import FoldedProducts, fold_left, fold_right, multiply
 from torch_bilevel.linalg import CholeskyFactor, SolveStatus
 from torch_bilevel.linalg.cholesky import factor_by_halves, solve_triangular
+from torch_bilevel.outputs import calls
 
 
 def randn(*shape: int) -> Tensor:
@@ -39,6 +40,7 @@ def test_other_products_are_left_alone():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_blocks_of_a_large_problem_are_folded_and_agree_with_single_products(dtype, monkeypatch):
     monkeypatch.setattr(folding, "SMALL", 0)  # every problem counts as large
+    monkeypatch.setattr(calls, "SMALL", 1000)  # and is not evaluated by its outputs
     X, t = randn(30, 6).to(dtype), torch.arange(30) % 3
     learner = torch.nn.Linear(6, 3, dtype=dtype)
 
@@ -136,6 +138,7 @@ def test_mkl_is_held_back_on_other_makers_avx512(is_linux, made, capability, exp
 
 def test_recorded_products_of_a_large_problem_go_to_onednn(onednn, monkeypatch):
     monkeypatch.setattr(folding, "SMALL", 0)
+    monkeypatch.setattr(calls, "SMALL", 10**9)
     X, t = randn(30, 6).float(), torch.arange(30) % 3
 
     def lower(learner, hyper, batch):

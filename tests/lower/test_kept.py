@@ -13,6 +13,7 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import CholeskyFactor, NystromPreconditioner, Solution, SolveStatus
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.lower.kept import KeptFactor, Ladder
+from torch_bilevel.outputs import calls
 
 N = 400
 
@@ -123,8 +124,11 @@ def test_negative_curvature_leaves_no_sketch():
     assert keeper.factor is None
 
 
+@pytest.mark.parametrize("small", [0, 100])
 @pytest.mark.parametrize("method", ["lfsba", "lbfgs", "auto"])
-def test_resume_with_a_sketch_is_the_uninterrupted_run(monkeypatch, tmp_path, method):
+def test_resume_with_a_sketch_is_the_uninterrupted_run(monkeypatch, tmp_path, method, small):
+    """Of a learner that goes by its outputs, and of one that does not."""
+    monkeypatch.setattr(calls, "SMALL", small)
     monkeypatch.setattr(kept, "MAX_AUTO_FACTOR", 4)
     monkeypatch.setattr(KeptFactor, "levels", staticmethod(lambda n, dtype: [3, 6]))
 

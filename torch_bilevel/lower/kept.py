@@ -240,6 +240,7 @@ class KeptFactor:
         if level >= operator.n:
             made = CholeskyFactor(operator.to_dense(), overwrite=True)
         else:
+            operator.find_outputs()
             made = operator.kronecker_preconditioner(level) or nystrom(operator, level)
         self.level, self.spent, self.missed, self._seen, self._fresh = level, 0.0, 0.0, 0, None
         if made.ok:

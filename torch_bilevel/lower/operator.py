@@ -38,6 +38,10 @@ class LowerHessian(LinearOperator):
     def count_replayed(self, products: int) -> None:
         self.at.objective._count("products", products)
 
+    def find_outputs(self) -> None:
+        """Multiply by the outputs' Hessian from now on, where there is one: the same wherever and whenever this is asked."""
+        self.systems.outputs(self.at)
+
     def kronecker_preconditioner(self, rows: int) -> KroneckerPreconditioner | None:
         """By the learner's outputs, with a corner of so many rows. Look at ``.ok``. None: its ladder has none such."""
         if rows not in self.systems.ladder(self.at).kronecker:

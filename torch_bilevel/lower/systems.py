@@ -340,10 +340,9 @@ class LowerSystems:
                 "single": self._single}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
-        self._single = state["single"]
+        self._single, self._by_outputs = state["single"], dict(state["by_outputs"])
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
-        self._by_outputs = dict(state["by_outputs"])
 
 
 def _refused(factor: CholeskyFactor, b: Tensor) -> Solution:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 #: products by which an ``OutputHessian`` is found and tested, beside one an output; as many more where x is seen as well
 PROBES = 2
-#: learner parameters up to which columns are as cheap
-SMALL = 100
+#: learner parameters up to which nobody looks for calls: columns are as cheap
+SMALL = 20
 
 MATMULS = frozenset((torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__))
 ADDS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__))
