@@ -25,7 +25,7 @@ from benchmarks.problems import Setting, images
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.folding import has_onednn, mkl_is_held_back, onednn, turn_over
-from torch_bilevel.outputs import losses as fast
+from torch_bilevel.recorded import losses as fast
 
 BLOCKS = (1, 4, 16, 64, 256)
 

@@ -11,7 +11,7 @@ import torch_bilevel as tb
 from tests import reference
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.recorded import BLOCK
+from torch_bilevel.recorded.graph import BLOCK
 
 D = torch.float64
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

@@ -15,7 +15,7 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.folding import FoldedProducts, fold_left, fold_right, multiply
 from torch_bilevel.linalg import CholeskyFactor, SolveStatus
 from torch_bilevel.linalg.cholesky import factor_by_halves, solve_triangular
-from torch_bilevel.outputs import calls
+from torch_bilevel.recorded import calls
 
 
 def randn(*shape: int) -> Tensor:

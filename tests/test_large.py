@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import torch_bilevel as tb
-from torch_bilevel import recorded
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import cg
 from torch_bilevel.linalg.history import History
 from torch_bilevel.linalg.lanczos import affordable_basis, lanczos_extreme
 from torch_bilevel.oracles import hessian as hessian_module
+from torch_bilevel.recorded import graph
 
 
 def smooth_problem(dtype: torch.dtype = torch.float64) -> tb.BilevelProblem:
@@ -81,7 +81,7 @@ def test_columns_of_large_problems_go_one_by_one(monkeypatch: pytest.MonkeyPatch
     block = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     together = at.to_x(block)
     assert batched == [True]
-    monkeypatch.setattr(recorded, "LARGE", 10)
+    monkeypatch.setattr(graph, "LARGE", 10)
     alone = at.to_x(block)
     assert batched == [True, False, False, False]
     for a, b in zip(alone, together):

@@ -14,8 +14,9 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import LinearOperator, cg, own_stream
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.methods import model
-from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, calls, kronecker, prices
+from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, kronecker, prices
 from torch_bilevel.outputs import hessian as output_hessian
+from torch_bilevel.recorded import calls
 
 D = torch.float64
 N, FEATURES, CLASSES = 9, 7, 3
@@ -414,6 +415,19 @@ def test_the_kronecker_preconditioner_is_exact_where_samples_share_their_output_
     inputs, blocks = [randn(4, n, d)], [weights[:, None, None] * B]
     P = KroneckerPreconditioner(inputs, samples_last(blocks), index, diagonal, 0)
     torch.testing.assert_close(P(torch.eye(d * K, dtype=D)), torch.linalg.inv(assembled(inputs, blocks, index, diagonal)))
+
+
+@pytest.mark.parametrize("what", ["no curvature", "NaN in B", "NaN in D", "NaN in X", "inf in X", "negative"])
+def test_what_cannot_be_inverted_is_no_preconditioner(what):
+    d, K, n = 4, 3, 9
+    inputs, blocks, diagonal = randn(4, n, d), torch.eye(K, dtype=D).expand(n, K, K).clone(), torch.ones(d * K, dtype=D)
+    if what == "no curvature":
+        blocks.zero_()
+    elif what == "negative":
+        blocks *= -1
+    else:
+        {"B": blocks, "D": diagonal, "X": inputs}[what[-1]].view(-1)[1] = float(what[:3])
+    assert not KroneckerPreconditioner([inputs], samples_last([blocks]), torch.arange(d * K).view(d, K), diagonal, 2).ok
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,7 @@ from tests.reference import blocks
 from tests.test_outputs import LOSSES, D, f, problem, randn
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.outputs import calls, losses
-from torch_bilevel.outputs.phi import Phi
-from torch_bilevel.recorded import Graph
+from torch_bilevel.recorded import Graph, Phi, calls, losses
 
 N, D_IN, K = 9, 7, 3
 X, LABELS = randn(0, N, D_IN), torch.arange(N) % K
@@ -115,12 +113,18 @@ def a_hidden_layer(x, y):
     return ((X @ y[: D_IN * K].view(D_IN, K)).tanh() @ y[D_IN * K :]).square().sum() + (y * y).sum()
 
 
+def a_hidden_layer_by_einsum(x, y):
+    hidden = (X @ y[: D_IN * K].view(D_IN, K)).tanh()
+    return torch.einsum("nk,k->n", hidden, y[D_IN * K :]).square().sum() + (y * y).sum()
+
+
 def inputs_of_x(x, y):
     return ((X * x.exp()) @ y[: D_IN * K].view(D_IN, K)).square().sum() + (y * y).sum()
 
 
 @pytest.mark.parametrize(
-    "g", [output_used_twice, two_biases, bias_in_place, weights_made_of_weights, a_hidden_layer, inputs_of_x]
+    "g", [output_used_twice, two_biases, bias_in_place, weights_made_of_weights, a_hidden_layer,
+          a_hidden_layer_by_einsum, inputs_of_x]
 )
 def test_right_whether_it_goes_by_outputs_or_not(g):
     p = problem(g, D_IN, (D_IN + 1) * K)

@@ -1,8 +1,8 @@
-"""Gradients and second-derivative products of f, g and their combinations. The only place that differentiates.
+"""Gradients and second-derivative products of f, g and their combinations.
 
-Gradients come from ``torch.func.grad``; they are recorded once per point as a graph ("linearised"), and every product
-is one more backward pass through that graph (reverse over reverse), for one vector or for a block through ``vmap``.
-A recorded graph is asked only for the block it is needed for: a product with h_yy never touches what depends on x.
+Gradients are recorded once per point as a graph ("linearised", see ``recorded``), and every product is one more backward
+pass through that graph (reverse over reverse), for one vector or for a block through ``vmap``. A recorded graph is asked
+only for the block it is needed for: a product with h_yy never touches what depends on x.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from torch.func import grad_and_value
 
 from .counting import OracleCounts, columns_of
 from .folding import fast_products
-from .outputs import calls as calls_module
-from .outputs.calls import LinearCall, look, worth_it
-from .outputs.phi import Phi
 from .problem import BilevelProblem
-from .recorded import Graph, Recorded
+from .recorded import Graph, LinearCall, Phi, Recorded, calls, look, worth_it
 
 Function = Callable[[Tensor, Tensor], Tensor]
+
+
 def load_torch_func() -> None:
     """Make ``torch.func`` import what it imports on first use (seconds, once a process), before a clock is started."""
     one = torch.ones(1)
@@ -126,10 +125,10 @@ class Objective:
         None of them where the data comes in chunks, where they would save less than half of the products with h_yy, or in
         bfloat16, where rounding hides what is not of this kind.
         """
-        if y.numel() <= calls_module.SMALL or not self.is_single or y.dtype not in (torch.float32, torch.float64):
+        if y.numel() <= calls.SMALL or not self.is_single or y.dtype not in (torch.float32, torch.float64):
             return []
-        calls = [call for level, used in self.uses.items() if used for call in look(self.problem, level, x, y)]
-        return calls if worth_it(calls, y.numel()) else []
+        found = [call for level, used in self.uses.items() if used for call in look(self.problem, level, x, y)]
+        return found if worth_it(found, y.numel()) else []
 
     def is_chain(self, x: Tensor, y: Tensor) -> bool:
         """Whether it is evaluated by ``Phi``: all that it does with y goes by linear calls, or entry by entry.

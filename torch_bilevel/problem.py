@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,32 @@ from torch.utils._pytree import tree_map
 
 from .errors import ProblemError, ShapeError
 from .flat import Layout
-from .outputs.calls import Seen
 from .sparse import samples
 
+if TYPE_CHECKING:
+    from .recorded import LinearCall
+
 Piece = tuple[float, Callable[[Tensor, Tensor], Tensor]]
+
+
+@dataclass
+class Seen:
+    """What ``torch_bilevel.recorded`` has seen of a problem's losses.
+
+    Attributes:
+        calls: level -> its linear maps, in the order of the loss, as last called.
+        chains: kind of objective -> whether all that it does with y goes by its calls, but for what is done entry by entry, so
+            that it is evaluated by ``Phi``.
+        views: shape, strides and offset of a view of y -> which entries it shows, or None where some twice.
+    """
+
+    calls: dict[str, list[LinearCall]] = field(default_factory=dict)
+    chains: dict[str, bool] = field(default_factory=dict)
+    views: dict[tuple, Tensor | None] = field(default_factory=dict)
+
+    def without(self, level: str) -> Seen:
+        """For other data of one level; what the losses are stays true."""
+        return Seen({name: calls for name, calls in self.calls.items() if name != level}, self.chains, self.views)
 
 
 class BilevelProblem:

@@ -13,7 +13,7 @@ from torch_bilevel.derivatives import Objective
 from torch_bilevel.linalg import CholeskyFactor, NystromPreconditioner, Solution, SolveStatus
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.lower.kept import KeptFactor, Ladder
-from torch_bilevel.outputs import calls
+from torch_bilevel.recorded import calls
 
 N = 400
 

@@ -7,10 +7,10 @@ import torch
 
 import torch_bilevel as tb
 from tests.problems import ill_conditioned, nonconvex
-from torch_bilevel import folding, recorded
+from torch_bilevel import folding
 from torch_bilevel.lower import kept
 from torch_bilevel.methods.model import HessianModel
-from torch_bilevel.outputs import calls
+from torch_bilevel.recorded import calls, graph
 
 CASES = {"nonconvex": nonconvex(), "ill_conditioned": ill_conditioned()}
 
@@ -26,7 +26,7 @@ def folded(monkeypatch):
 
 def single_products(monkeypatch):
     for name in ("BLOCK", "SMALL_BLOCK"):
-        monkeypatch.setattr(recorded, name, 1)
+        monkeypatch.setattr(graph, name, 1)
     return {}
 
 

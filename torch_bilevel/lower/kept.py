@@ -14,7 +14,6 @@ from ..derivatives import Linearisation, Objective
 from ..linalg import CholeskyFactor, LinearOperator, NystromPreconditioner, Solution, nystrom
 from ..outputs import (
     KroneckerPreconditioner,
-    LinearCall,
     corner_ranks,
     factor_application,
     kronecker_application,
@@ -22,6 +21,7 @@ from ..outputs import (
     price,  # fmt: skip
 )
 from ..problem import BilevelProblem
+from ..recorded import LinearCall
 
 Factor = CholeskyFactor | KroneckerPreconditioner | NystromPreconditioner
 

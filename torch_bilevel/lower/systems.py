@@ -26,13 +26,13 @@ from ..linalg import (
 from ..linalg.solve import default_tol
 from ..outputs import (
     KroneckerPreconditioner,
-    LinearCall,
     OutputHessian,
     products_pay,
     products_to_find,
     single_pays,
 )
 from ..problem import BilevelProblem
+from ..recorded import LinearCall
 from .kept import MANY, SOME, Factor, KeptFactor, Ladder, factor_price, is_exact
 from .operator import LowerHessian
 

@@ -14,7 +14,6 @@ from ..linalg import LinearOperator
 from ..lower import LowerSystems
 from ..lower.kept import BLOCK_DISCOUNT
 from ..outputs import (
-    LinearCall,
     dense_multiplications,
     eigenvectors,
     finding_price,
@@ -24,6 +23,7 @@ from ..outputs import (
     times_multiplications,  # fmt: skip
 )
 from ..problem import BilevelProblem
+from ..recorded import LinearCall
 from .evaluation import require_solution
 
 #: columns at once in a block product, and numbers in a block of dx + dy rows: bounds memory at about ten such blocks.

@@ -10,7 +10,6 @@ declares this: the calls are found by watching the loss, B and d by derivatives 
 believed if they give the true gradient by the chain rule and multiply a random vector as the true derivatives do.
 """
 
-from .calls import LinearCall
 from .hessian import OutputHessian
 from .kronecker import KroneckerPreconditioner
 from .prices import (
@@ -31,7 +30,7 @@ from .prices import (
 )
 
 __all__ = [
-    "KroneckerPreconditioner", "LinearCall", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
+    "KroneckerPreconditioner", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
     "factor_application", "finding_price", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
     "products_pay", "products_to_find", "single_pays",
     "times_multiplications",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .calls import LinearCall
-from .phi import ROUNDING, Phi
+from ..recorded import LinearCall, Phi
+from ..recorded.phi import ROUNDING
 
 
 @dataclass
@@ -24,15 +24,15 @@ class Found:
 def find(phi: Phi) -> Found | None:
     """Hess phi, or None where it has another form, which is tested by a random vector."""
     y, zs, calls = phi.y, phi.zs, phi.calls
-    blocks = [_block(phi, z, call) for z, call in zip(zs, calls)]
     diagonal = _zeros(phi.second({y: torch.ones_like(y)[None]}, [y]), [y])[0]
     random = torch.Generator().manual_seed(0)
     r, *rz = (_randn(leaf, random) for leaf in (y, *zs))
     given = {leaf: v[None] for leaf, v in zip((y, *zs), (r, *rz))}
     on_y, *on_z = _zeros(phi.second(given, [y, *zs]), [y, *zs])
     direct = diagonal * r
-    if not _same(direct, on_y):
+    if not _same(direct, on_y):  # a hidden layer, say: before blocks are made of its many outputs
         return None
+    blocks = [_block(phi, z, call) for z, call in zip(zs, calls)]
     for call, B, v, true in zip(calls, blocks, rz, on_z):
         if not _same(apply_block(B, call.by_outputs(v)), call.by_outputs(true), beside=direct.norm() * call.share):
             return None

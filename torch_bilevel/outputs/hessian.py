@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..folding import multiply
-from .calls import LinearCall
+from ..recorded import LinearCall
 from .finding import apply_block, find
 from .kronecker import KroneckerPreconditioner
 from .pairs import add_pairs

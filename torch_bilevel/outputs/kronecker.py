@@ -52,15 +52,20 @@ class KroneckerPreconditioner:
         self.index = index
         rest = torch.ones_like(diagonal, dtype=torch.bool).index_fill_(0, index.reshape(-1), False)
         self.diagonal = torch.where(rest, diagonal, torch.ones_like(diagonal))
-        self.ok = bool((self.diagonal > 0).all())
-        own = diagonal[index]
-        spread, self.U = torch.linalg.eigh(torch.cat(blocks, dim=2).mean(2))
+        own, mean = diagonal[index], torch.cat(blocks, dim=2).mean(2)
+        self.ok = bool((self.diagonal > 0).all() & mean.isfinite().all() & mean.any())
+        if not self.ok:
+            return
+        spread, self.U = torch.linalg.eigh(mean)
         spread = spread.clamp(min=0)  # below is rounding, or a loss without convexity, which CG will find
         G = _gram(inputs, [B.diagonal(dim1=0, dim2=1).mean(1) for B in blocks])
         root = _positive(own.mean(1), 10 * torch.finfo(G.dtype).eps * G.diagonal().mean()).rsqrt()
         G *= root[:, None] * root
         Z, largest = _leading(G, rank)
         curvature = spread / spread.mean()
+        self.ok = bool((curvature * largest).isfinite().all())
+        if not self.ok:
+            return
         regulariser = (own * root[:, None] ** 2) @ self.U**2
         self.groups: list[tuple[int, int, Tensor]] = []  # outputs from, to, their P^{-1}: (d, d), or (d, 1) its diagonal
         E, rounding = [], 10 * torch.finfo(G.dtype).eps * curvature[-1] * G.diagonal()  # E: its inverse, for every output
@@ -68,12 +73,12 @@ class KroneckerPreconditioner:
             mean, direct = curvature[a:b].log().mean().exp(), regulariser[:, a:b].mean(1)
             if bool(mean * largest <= 1):  # flat against the regulariser
                 P = mean * G.diagonal() + direct
-                inverse, PZ, pivots = (root / P)[:, None], P[:, None] * Z, P
+                inverse, PZ, pivots, info = (root / P)[:, None], P[:, None] * Z, P, 0
             else:
                 P = mean * G + torch.diag(direct)
-                L, _ = torch.linalg.cholesky_ex(P)
+                L, info = torch.linalg.cholesky_ex(P)
                 inverse, PZ, pivots = torch.cholesky_inverse(L) * root, multiply(P, Z), L.diagonal() ** 2
-            self.ok = self.ok and bool((pivots > rounding).all())
+            self.ok = not int(info) and bool((pivots > rounding).all())
             if not self.ok:
                 return
             self.groups.append((a, b, root[:, None] * inverse))

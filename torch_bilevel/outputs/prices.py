@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..folding import bands
-from .calls import PROBES, LinearCall
+from ..recorded import LinearCall
+from ..recorded.calls import PROBES
 
 #: a multiplication inside a large matrix product over one inside a product with a vector, in time, by kind of device
 GEMM = {"cpu": 0.6, "cuda": 0.15}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from .folding import fast_products, is_large
+from ..folding import fast_products, is_large
 
 #: columns per vmapped backward pass: 3-10x cheaper per vector up to SMALL unknowns, and about 2x above, where products
 #: that share the data are folded into one

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..folding import is_large
-from ..recorded import Recorded, backward
 from .calls import Watch
+from .graph import Recorded, backward
 
 if TYPE_CHECKING:
     from ..derivatives import Objective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ..folding import multiply
 from .losses import FAST
 
 if TYPE_CHECKING:
-    from ..problem import BilevelProblem
+    from ..problem import BilevelProblem, Seen
 
 #: products by which an ``OutputHessian`` is found and tested, beside one an output; as many more where x is seen as well
 PROBES = 2
@@ -22,6 +22,12 @@ PROBES = 2
 SMALL = 20
 
 MATMULS = frozenset((torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__))
+#: what else multiplies: done better by other means than ``Phi``
+OTHERS = frozenset((
+    torch.einsum, torch.bmm, torch.addmm, torch.addmv, torch.baddbmm, torch.tensordot, Tensor.bmm, Tensor.addmm,
+    torch.nn.functional.bilinear, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d,
+    torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward,
+))  # fmt: skip
 ADDS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__))
 
 
@@ -98,26 +104,6 @@ class LinearCall:
         return Z.permute(1, 2, 0).reshape(Z.shape[1], *self.shape)
 
 
-@dataclass
-class Seen:
-    """What was seen of a problem's losses.
-
-    Attributes:
-        calls: level -> its linear maps, in the order of the loss, as last called.
-        chains: kind of objective -> whether all that it does with y goes by its calls, but for what is done entry by entry, so
-            that it is evaluated by ``Phi``.
-        views: shape, strides and offset of a view of y -> which entries it shows, or None where some twice.
-    """
-
-    calls: dict[str, list[LinearCall]] = field(default_factory=dict)
-    chains: dict[str, bool] = field(default_factory=dict)
-    views: dict[tuple, Tensor | None] = field(default_factory=dict)
-
-    def without(self, level: str) -> Seen:
-        """For other data of one level; what the losses are stays true."""
-        return Seen({name: calls for name, calls in self.calls.items() if name != level}, self.chains, self.views)
-
-
 class Watch(TorchFunctionMode):
     """Under it, a linear map of fixed inputs by entries of ``y`` answers with a leaf of the right value, which is noted.
 
@@ -131,7 +117,9 @@ class Watch(TorchFunctionMode):
     Attributes:
         found: (leaf, call), in their order.
         complete: whether no other linear map had anything to do with y or x, but for dot products.
-    """  # a call's output and a bias that is added to it must be used for nothing else: who relies on this tests the gradient
+
+    Where a call's output is used both with a bias added to it and without, the gradient comes out wrong: test it.
+    """
 
     def __init__(self, y: Tensor, seen: Seen, level: str):
         super().__init__()
@@ -143,15 +131,17 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear or func in MATMULS:
             out = self._note(func, args, kwargs)
-            if out is None:
-                out = func(*args, **kwargs)
-                self.complete = self.complete and not (isinstance(out, Tensor) and out.requires_grad and out.numel() > 1)
-            return out
-        if func in FAST:
+        elif func in FAST:
             out = FAST[func](*args, **kwargs)
         else:
             out = self._with_bias(*args) if func in ADDS and not kwargs else None
-        return func(*args, **kwargs) if out is None else out
+        if out is not None:
+            return out
+        out = func(*args, **kwargs)
+        if func is torch.nn.functional.linear or func in MATMULS or func in OTHERS:
+            first = out[0] if isinstance(out, tuple) else out
+            self.complete = self.complete and not (first.requires_grad and first.numel() > 1)
+        return out
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The leaf for X V + b, or None where it is no such call."""
