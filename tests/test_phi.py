@@ -136,6 +136,44 @@ def test_right_whether_it_goes_by_outputs_or_not(g):
     close(at.yy(torch.eye(p.dy, dtype=D)), blocks(g, p.x, p.y)[3])
 
 
+def detached_weights(x, y):
+    """A step back to where one is: the gradient of the second term is zero wherever it is taken, its Hessian is not."""
+    W = y.view(D_IN, K)
+    return F.cross_entropy(X @ W, LABELS) + (X @ W - X @ W.detach()).square().sum() + x.exp().sum() * (y * y).sum()
+
+
+def weights_without_gradient(x, y):
+    W = y.view(D_IN, K)
+    with torch.no_grad():
+        anchor = X @ y.view(D_IN, K)
+    return F.cross_entropy(X @ W, LABELS) + (X @ W - anchor).square().sum() + x.exp().sum() * (y * y).sum()
+
+
+@pytest.mark.parametrize("g", [detached_weights, weights_without_gradient])
+def test_what_is_held_constant_stays_so(g):
+    p = problem(g, D_IN, D_IN * K)
+    at = objective(p, lower=1.0).linearise(p.x, p.y)
+    assert isinstance(at._graph, Phi)
+    assert len(at.phi.calls) == 2  # X W, twice
+    at_torch = Graph(g, p.x, p.y, "xy")
+    identity = torch.eye(p.dy, dtype=D)
+    close(at.gy, at_torch.gy)
+    close(at.yy(identity), at_torch.apply(None, identity, "y")[1])
+    assert float((at.yy(identity) - at.yy(identity).diag().diag()).norm()) > 1
+
+
+def test_which_entries_a_view_shows():
+    y = torch.arange(12.0, requires_grad=True)
+    views = [y, y[2:8].view(2, 3), y[2:8].view(3, 2).T, y[1::3], y[5], y.view(3, 4)[:, 1:3]]
+    with calls.Watch(y, tb.problem.Seen(), "lower") as watch:
+        pass
+    for view in views:
+        assert torch.equal(watch._index(view), view.detach().long())
+    twice = y[:6].as_strided((5, 2), (1, 1))
+    for other in (twice, y[:3].expand(2, 3), y.detach(), y.view(3, 2, 2), y * 1, torch.ones(3, requires_grad=True), 1.0):
+        assert watch._index(other) is None
+
+
 def test_an_objective_is_tried_once():
     tried = []
 

@@ -128,13 +128,15 @@ class Watch(TorchFunctionMode):
         self._views = seen.views
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, out = kwargs or {}, None
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         if func is torch.nn.functional.linear or func in MATMULS:
             out = self._note(func, args, kwargs)
         elif func in FAST:
             out = FAST[func](*args, **kwargs)
-        else:
-            out = self._with_bias(*args) if func in ADDS and not kwargs else None
+        elif func in ADDS and not kwargs:
+            out = self._with_bias(*args)
         if out is not None:
             return out
         out = func(*args, **kwargs)
@@ -192,15 +194,17 @@ class Watch(TorchFunctionMode):
         return None
 
     def _index(self, view: Any) -> Tensor | None:
-        """Which entries of y a view of it shows, or y itself; or None."""
-        if not isinstance(view, Tensor) or view.dim() > 2 or not (view is self.y or view._base is self.y):
+        """Which entries of y a view of it shows, or y itself; or None, as where it was detached."""
+        if not isinstance(view, Tensor) or not view.requires_grad or view.dim() > 2:
+            return None
+        if view is not self.y and view._base is not self.y:
             return None
         key = _sign(view)[1:]
         if key not in self._views:
-            entries = torch.arange(len(self.y), device=self.y.device)
-            entries = entries.as_strided(view.shape, view.stride(), view.storage_offset() - self.y.storage_offset())
-            distinct = torch.zeros(len(self.y), dtype=torch.bool, device=self.y.device).index_fill_(0, entries.reshape(-1), True)
-            self._views[key] = entries if int(distinct.sum()) == entries.numel() else None
+            entries = torch.tensor(view.storage_offset() - self.y.storage_offset(), device=view.device)
+            for size, stride in zip(view.shape, view.stride()):
+                entries = entries[..., None] + stride * torch.arange(size, device=view.device)
+            self._views[key] = entries if entries.unique().numel() == entries.numel() else None
         return self._views[key]
 
     @property
