@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import torch_bilevel as tb
 from experiments import synthetic
 from tests.problems import CASES, Case, hyper_cleaning, nonconvex, one_by_one, quadratic, saddle
+from torch_bilevel.methods.auto import AutoRun
 
 
 def per_feature_ridge(features: int = 16, samples: int = 40) -> Case:
@@ -120,6 +123,32 @@ def test_goes_back_to_lbfgs_from_a_finish_that_is_slower_and_then_waits(hasty):
     lbfgs = tb.minimize(synthetic.build(synthetic.Config(n=200, condition=100.0), 0), "lbfgs", max_steps=150, gradient_tol=1e-5)
     run = tb.minimize(synthetic.build(synthetic.Config(n=200, condition=100.0), 0), "auto", max_steps=300, gradient_tol=1e-5)
     assert run.history[-1].counts.oracle_calls <= 2 * lbfgs.counts.oracle_calls
+
+
+@pytest.mark.parametrize(
+    ("value", "norm", "first", "slower", "rates", "back"),
+    [
+        (0.9, 1e-3, True, False, (1e-4, 1e-3), False),  # ten times L-BFGS's gain of value, as much of gradient
+        (0.99999, 9e-3, True, False, (1e-4, 1e-3), True),  # less of both
+        (0.999, 1e-3, True, False, (1e-4, 0.0), True),  # the gradient falls as it did not before, the value hardly
+        (0.999, 1e-3, False, False, (1e-4, 0.0), False),  # which later is said once
+        (0.999, 1e-3, False, True, (1e-4, 0.0), True),  # before it counts
+        (0.999, 9e-5, False, True, (1e-4, 0.0), False),  # but not where the finish converges
+    ],
+)  # fmt: skip
+def test_what_a_finish_is_judged_by(value, norm, first, slower, rates, back):
+    """A trial of 100 calls, begun at a value of 1 and a gradient of 1e-2."""
+    trial = {"rates": rates, "calls": 1000, "value": 1.0, "start": 1e-2, "before": 1e-2, "norm": norm, "first": first,
+             "slower": slower}  # fmt: skip
+    gone = []
+    schedule = SimpleNamespace(due=lambda age: True)
+    active = SimpleNamespace(model=object(), age=1, method=SimpleNamespace(schedule=schedule),
+                             current=lambda: SimpleNamespace(value=value))  # fmt: skip
+    run = SimpleNamespace(_trial=trial, active=active, counts=SimpleNamespace(oracle_calls=1100), _failed=0, _wait=0,
+                          _go_first_order=lambda: gone.append(True))  # fmt: skip
+    AutoRun._judge(run)
+    assert bool(gone) == back
+    assert run._wait == (1300 if back else 0)
 
 
 def test_resume_after_going_back_is_bit_for_bit(hasty, tmp_path):

@@ -32,8 +32,9 @@ FINISH_HESSIANS, FINISH_EVALUATIONS, FINISH_DECADES = 4, 10, 4
 STAKE = 0.25
 #: after a finish that was slower L-BFGS has so many times what it cost before another; twice as many after each.
 PATIENCE = 2
-#: product of a finish's shares of what L-BFGS gained, in value and in gradient, below which it was slower
-CLEARLY = 0.5
+#: product of a finish's shares of what L-BFGS gained, in value and in gradient, below which it was slower, where it has not
+#: gained so many decades of gradient yet; a share counts for so much at most (L-BFGS may have gained no gradient at all)
+CLEARLY, CONVERGES, MOST = 0.5, 2.0, 3.0
 #: a function is quadratic along a step where the trapezoid rule is exact to this; one Hessian is then a finish where it
 #: costs no more than so many evaluations.
 QUADRATIC, QUADRATIC_PRICE = 1e-6, 4.0
@@ -140,8 +141,8 @@ class AutoRun(Run):
         return FINISH_HESSIANS * self.hessian_cost() + FINISH_EVALUATIONS
 
     def _judge(self) -> None:
-        """Before a second Hessian: back to L-BFGS where it gained more for as many calls, by value and by gradient, or clearly
-        more by the product of the two. Before a later one: where by both for the second time running.
+        """Before a second Hessian: back to L-BFGS where it gained more for as many calls, by value and by gradient, or, as long
+        as the finish does not converge, clearly more by the product of the two. Before a later one: for the second time running.
         """
         trial, active = self._trial, self.active
         if trial is None or active.model is None or not active.method.schedule.due(active.age):
@@ -150,8 +151,9 @@ class AutoRun(Run):
         spent = calls - trial["calls"]
         gained = trial["value"] - value, decades(trial["before"], trial["norm"])
         shares = [max(0.0, now) / (rate * spent) if rate > 0 else math.inf for now, rate in zip(gained, trial["rates"])]
-        slower = max(shares) < 1
-        if slower and trial["slower"] or trial["first"] and (slower or min(shares) * max(shares) < CLEARLY):
+        converges = decades(trial["start"], trial["norm"]) >= CONVERGES
+        slower = max(shares) < 1 or not converges and min(shares) * min(MOST, max(shares)) < CLEARLY
+        if slower and (trial["first"] or trial["slower"]):
             self._failed += 1
             self._wait = calls + PATIENCE**self._failed * spent
             self._go_first_order()
@@ -188,8 +190,8 @@ class AutoRun(Run):
             value_then, _, _, lately = self._path[-1 - window // 2]  # values fall steadily: a shorter time tells
             best, spent = min(point[1] for point in self._path), calls - self._path[-1 - window][3]
             rates = [(value_then - value) / max(1, calls - lately), max(0.0, self._decades(window)) / max(1, spent)]
-            self._trial = {"rates": rates, "calls": calls, "value": value, "before": best, "norm": best, "first": True,
-                           "slower": False}  # fmt: skip
+            self._trial = {"rates": rates, "calls": calls, "value": value, "start": best, "before": best, "norm": best,
+                           "first": True, "slower": False}  # fmt: skip
         self._pairs = self.active.pairs
         self._change(CubicNewtonRun(self.method.then, self.problem, self.oracle, seed=self.seed, bounds=self._bounds))
 
