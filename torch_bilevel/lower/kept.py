@@ -34,10 +34,7 @@ MAX_FACTOR = 12_000
 BLOCK_DISCOUNT = 2
 #: iterations of a solve with a Cholesky factor of some points ago.
 AGED_SOLVE = 6
-#: iterations from which the outputs' Hessian pays for products alone: finding it takes the time of two, and each product by it
-#: saves a sixth of one.
-MANY = 12
-#: the same where products in float32 then take the place of float64 ones.
+#: iterations from which the outputs' Hessian pays where products in float32 then take the place of float64 ones.
 SOME = 3
 #: bytes of a sketch's basis; making it takes three times that.
 SKETCH_BYTES = 300_000_000

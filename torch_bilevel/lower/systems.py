@@ -27,13 +27,12 @@ from ..linalg.solve import default_tol
 from ..outputs import (
     KroneckerPreconditioner,
     OutputHessian,
-    products_pay,
     products_to_find,
     single_pays,
 )
 from ..problem import BilevelProblem
 from ..recorded import LinearCall
-from .kept import MANY, SOME, Factor, KeptFactor, Ladder, factor_price, is_exact
+from .kept import SOME, Factor, KeptFactor, Ladder, factor_price, is_exact
 from .operator import LowerHessian
 
 SOLVERS = ("auto", "cg", "minres", "cholesky", "chebyshev")
@@ -218,15 +217,13 @@ class LowerSystems:
         return suspect
 
     def _rough(self, at: Linearisation, tol: float, ladder: Ladder) -> LinearOperator | None:
-        """The operator in float32 where that serves float64; the outputs' Hessian is found where so many products are to come
-        that it saves more than that takes. (On a GPU recorded products are replayed, and as cheap.)"""
-        if not ladder.kronecker or at.y.is_cuda:
+        """The operator in float32 where that serves float64; the outputs' Hessian, which that takes, is found where enough
+        products are to come."""
+        if not ladder.kronecker or not self.in_float32(self.calls(at.objective, at.x, at.y)):
             return None
-        calls = self.calls(at.objective, at.x, at.y)
-        single = self.in_float32(calls)
-        if products_pay(calls) and self.kept.expects(tol) >= (SOME if single else MANY):
+        if self.kept.expects(tol) >= SOME:
             self.outputs(at)
-        return self.operator(at).single if single and at.outputs is not None and not self.kept.is_cholesky() else None
+        return self.operator(at).single if at.outputs is not None and not self.kept.is_cholesky() else None
 
     def in_float32(self, calls: list[LinearCall]) -> bool:
         """Whether float64 systems of these calls are solved by float32 recursions, which have not failed so far."""
