@@ -174,6 +174,43 @@ def test_which_entries_a_view_shows():
         assert watch._index(other) is None
 
 
+def mapped(x, y):
+    """Sample by sample, with weights that are plain views of y."""
+    W = y.view(K, D_IN)
+    losses_of = torch.vmap(lambda a, label: F.cross_entropy((F.linear(a, W))[None], label[None]))(X, LABELS)
+    return losses_of.mean() + x.exp().sum() * (y * y).sum()
+
+
+def differentiated(x, y):
+    """With a gradient of its own, in which the weights are wrapped, and one call that is watched."""
+    slope = torch.func.grad(lambda V: (X @ V).square().sum())(y.view(D_IN, K))
+    return F.cross_entropy(X @ y.view(D_IN, K), LABELS) + 0.1 * slope.square().sum() + x.exp().sum() * (y * y).sum()
+
+
+@pytest.mark.parametrize("g", [mapped, differentiated])
+def test_a_loss_may_use_transforms_of_its_own(g):
+    p = problem(g, D_IN, D_IN * K)
+    at, by_torch = objective(p, lower=1.0).linearise(p.x, p.y), Graph(g, p.x, p.y, "xy")
+    assert isinstance(at._graph, Graph)
+    identity = torch.eye(p.dy, dtype=D)
+    close(at.gy, by_torch.gy)
+    close(at.yy(identity), torch.stack([by_torch.product(None, e, "y")[1] for e in identity], dim=1))
+
+
+def test_what_is_compiled_runs_eagerly_where_it_is_watched():
+    def g(x, y):
+        logits = torch.compile(lambda a: F.linear(a, y.view(K, D_IN)), backend="eager")(X)
+        return F.cross_entropy(logits, LABELS) + x.exp().sum() * (y * y).sum()
+
+    def plain(x, y):
+        return F.cross_entropy(F.linear(X, y.view(K, D_IN)), LABELS) + x.exp().sum() * (y * y).sum()
+
+    p = problem(g, D_IN, D_IN * K)
+    at = objective(p, lower=1.0).linearise(p.x, p.y)
+    assert isinstance(at._graph, Phi)
+    close(at.yy(torch.eye(p.dy, dtype=D)), blocks(plain, p.x, p.y)[3])
+
+
 def test_an_objective_is_tried_once():
     tried = []
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..counting import OracleCounts
 from ..derivatives import Linearisation, Objective
-from ..linalg import CholeskyFactor, LinearOperator, NystromPreconditioner, Solution, nystrom
+from ..linalg import CholeskyFactor, NystromPreconditioner, Solution, nystrom
 from ..outputs import (
     KroneckerPreconditioner,
     corner_ranks,
@@ -22,6 +22,9 @@ from ..outputs import (
 )
 from ..problem import BilevelProblem
 from ..recorded import LinearCall
+
+if TYPE_CHECKING:
+    from .operator import LowerHessian
 
 Factor = CholeskyFactor | KroneckerPreconditioner | NystromPreconditioner
 
@@ -225,7 +228,7 @@ class KeptFactor:
         other = next((level for level in ladder.prices if level > self.level), back)
         return other if other is not None and missed > ladder.prices[other] else None
 
-    def make(self, level: int, operator: LinearOperator, at: Linearisation) -> Factor:
+    def make(self, level: int, operator: LowerHessian, at: Linearisation) -> Factor:
         """The factor (level n), Kronecker preconditioner or sketch of the operator at a recorded point; kept if it succeeds.
 
         Look at ``.ok``.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from ..folding import multiply
@@ -123,15 +126,27 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, y: Tensor, seen: Seen, level: str):
         super().__init__()
+        self._eager = ExitStack()
         self.y, self.known, self.complete = y, seen.calls.get(level, []), True
         self._notes: list[dict[str, Any]] = []
         self._views = seen.views
+
+    def __enter__(self) -> Watch:
+        if "torch._dynamo" in sys.modules:  # what is compiled cannot be watched; under torch.func it would run uncompiled, too
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.close()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, out = kwargs or {}, None
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if func is torch.nn.functional.linear or func in MATMULS:
+        if peek_interpreter_stack() is not None:  # within a vmap or grad of the loss's own, whose tensors lie nowhere
+            pass
+        elif func is torch.nn.functional.linear or func in MATMULS:
             out = self._note(func, args, kwargs)
         elif func in FAST:
             out = FAST[func](*args, **kwargs)

@@ -36,6 +36,9 @@ class Recorded(ABC):
 
     def apply(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
         """Hess (u, w) as (x-part, y-part), of which those that ``wrt`` names: (n,) or (n, k); None stands for zero."""
+        for letter, v, gradient in (("x", u, self.gx), ("y", w, self.gy)):
+            if v is not None and gradient is None:
+                raise RuntimeError(f"this linearisation has no derivative in {letter}")
         given = u if u is not None else w
         if given.dim() == 1:
             return self.product(u, w, wrt)
@@ -79,9 +82,6 @@ class Graph(Recorded):
 
     def _backward(self, u: Tensor | None, w: Tensor | None, wrt: str, batched: bool) -> tuple[Tensor | None, Tensor | None]:
         given = {letter: v for letter, v in (("x", u), ("y", w)) if v is not None}
-        missing = [letter for letter in given if letter not in self._gradients]
-        if missing:
-            raise RuntimeError(f"this linearisation has no derivative in {missing[0]}")
         inputs = {letter: getattr(self, letter) for letter in wrt}
         pairs = [(self._gradients[letter], v) for letter, v in given.items() if self._gradients[letter].requires_grad]
         with fast_products(self.x, self.y, batched=batched):
