@@ -141,24 +141,26 @@ class Watch(TorchFunctionMode):
         self._eager.close()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, out = kwargs or {}, None
+        kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if peek_interpreter_stack() is not None:  # within a vmap or grad of the loss's own, whose tensors lie nowhere
-            pass
-        elif func is torch.nn.functional.linear or func in MATMULS:
-            out = self._note(func, args, kwargs)
-        elif func in FAST:
-            out = FAST[func](*args, **kwargs)
-        elif func in ADDS and not kwargs:
-            out = self._with_bias(*args)
-        if out is not None:
-            return out
+        if peek_interpreter_stack() is None:  # else within a vmap or grad of the loss's own, whose tensors lie nowhere
+            out = self._instead(func, args, kwargs)
+            if out is not None:
+                return out
         out = func(*args, **kwargs)
         if func is torch.nn.functional.linear or func in MATMULS or func in OTHERS:
             first = out[0] if isinstance(out, tuple) else out
             self.complete = self.complete and not (first.requires_grad and first.numel() > 1)
         return out
+
+    def _instead(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """What answers in the place of a function, or None: it does itself."""
+        if func is torch.nn.functional.linear or func in MATMULS:
+            return self._note(func, args, kwargs)
+        if func in FAST:
+            return FAST[func](*args, **kwargs)
+        return self._with_bias(*args) if func in ADDS and not kwargs else None
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The leaf for X V + b, or None where it is no such call."""
