@@ -185,6 +185,17 @@ def begin(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
+def hold_to_cores(count: int) -> None:
+    """From now on this process, with what threads it starts, has so many cores: XLA's threads are not PyTorch's to count.
+
+    Does nothing where the system has no such call (macOS, Windows), and says so.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        print("this system does not hold a process to cores: jaxopt may use more than the others")
+        return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
 def finish(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
     """Write the JSON that was asked for."""
     if args.json is not None:

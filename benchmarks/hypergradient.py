@@ -9,7 +9,8 @@ error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal w
 
 *Cold*: nothing kept (a preconditioner that 'auto' makes at once is part of it). *Warm start*: from the adjoint of the
 outer step before; with what the library keeps from there, each of its levels by itself, and what making it cost.
-*Floor*: plain CG on closed-form products, two matrix products each. ``--device cuda``: everybody on the GPU.
+*Floor*: plain CG on closed-form products, two matrix products each. ``--device cuda``: everybody on the GPU. Else the process
+is held to as many cores as PyTorch has threads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import torch_bilevel as tb
 from benchmarks import problems
-from benchmarks.common import Skip, Spread, begin, finish, interleaved, markdown, number, once, parser_of
+from benchmarks.common import Skip, Spread, begin, finish, hold_to_cores, interleaved, markdown, number, once, parser_of
 from benchmarks.floors import closed_form
 from benchmarks.peers import PEERS, Peer, TorchOpt, TorchOptWarm
 from benchmarks.problems import Setting, curvature
@@ -279,6 +280,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="relative errors to reach")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where learned weights are kept")
     args = begin(parser, argv)
+    if args.device == "cpu" and not args.quick:
+        hold_to_cores(torch.get_num_threads())
     record: dict = {}
     for name in args.settings:
         try:

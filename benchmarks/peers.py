@@ -9,7 +9,6 @@ setting; ``products(steps)`` says how many Hessian products that costs.
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from abc import ABC, abstractmethod
 from functools import partial
@@ -173,14 +172,15 @@ class Curvlinops(Peer):
 
 
 class Jaxopt(Peer):
-    """jaxopt.implicit_diff.root_vjp under jit, with jaxopt's CG; its compilation is not timed. In true float32."""
+    """jaxopt.implicit_diff.root_vjp under jit, with jaxopt's CG; its compilation is not timed. In true float32.
+
+    It uses all cores that the process may use, whatever its flags say: ``common.hold_to_cores``.
+    """
 
     name, module = "jaxopt (jit), CG", "jaxopt"
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
-        if torch.get_num_threads() == 1:  # XLA has its own threads; it must not have more than the others
-            os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
         import jax
         import jax.numpy as jnp
 

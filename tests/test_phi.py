@@ -105,6 +105,12 @@ def bias_in_place(x, y):
     return z.add_(y[D_IN * K :]).square().sum() + (y * y).sum()
 
 
+def flattened_by_view(x, y):
+    """Outputs lie in memory as nobody expects who flattens them by ``view``."""
+    z = X @ y[: D_IN * K].view(D_IN, K)
+    return (z + y[D_IN * K :]).exp().view(-1).view(torch.float64).square().sum() + (y * y).sum()
+
+
 def weights_made_of_weights(x, y):
     return (X @ (y[: D_IN * K] * 2).view(D_IN, K)).square().sum() + (y * y).sum()
 
@@ -123,13 +129,13 @@ def inputs_of_x(x, y):
 
 
 @pytest.mark.parametrize(
-    "g", [output_used_twice, two_biases, bias_in_place, weights_made_of_weights, a_hidden_layer,
+    "g", [output_used_twice, two_biases, bias_in_place, flattened_by_view, weights_made_of_weights, a_hidden_layer,
           a_hidden_layer_by_einsum, inputs_of_x]
 )
 def test_right_whether_it_goes_by_outputs_or_not(g):
     p = problem(g, D_IN, (D_IN + 1) * K)
     at = objective(p, lower=1.0).linearise(p.x, p.y)
-    assert isinstance(at._graph, Phi if g is bias_in_place else Graph)
+    assert isinstance(at._graph, Phi if g in (bias_in_place, flattened_by_view) else Graph)
     gx, gy = torch.func.grad(g, argnums=(0, 1))(p.x, p.y)
     close(at.gx, gx)
     close(at.gy, gy)

@@ -63,7 +63,7 @@ def apply_block(B: Tensor, Z: Tensor) -> Tensor:
 def _block(phi: Phi, z: Tensor, call: LinearCall) -> Tensor:
     """Of the Hessian in the outputs of one call, were each sample on its own: (K, K, n). By a vector of ones an output."""
     K, n = call.index.shape[1], len(call.X)
-    ones = torch.eye(K, dtype=z.dtype, device=z.device)[:, None, :].expand(K, n, K).reshape(K, *z.shape)
+    ones = call.as_called(torch.eye(K, dtype=z.dtype, device=z.device)[:, :, None].repeat(1, 1, n))
     try:
         (rows,) = phi.second({z: ones}, [z], batched=True)
     except RuntimeError:  # an operation without a vmap rule

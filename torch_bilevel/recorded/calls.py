@@ -63,9 +63,14 @@ class LinearCall:
         return self.X if self.bias is None else torch.cat([self.X, self.X.new_ones(len(self.X), 1)], dim=1)
 
     @cached_property
-    def entries(self) -> Tensor:
+    def entries(self) -> Tensor | slice:
         """``weights``, output by output (K d,)."""
-        return self.weights.mT.reshape(-1)
+        return _as_slice(self.weights.mT.reshape(-1))
+
+    @cached_property
+    def offsets(self) -> Tensor | slice | None:
+        """``bias``."""
+        return None if self.bias is None else _as_slice(self.bias)
 
     @cached_property
     def single(self) -> LinearCall:
@@ -88,14 +93,14 @@ class LinearCall:
         n, (d, K), k = len(self.X), self.weights.shape, V.shape[1]
         rows = V[self.entries].view(K, d, k).mT.reshape(K * k, d)
         Z = multiply(rows, self.X.mT).view(K, k, n)
-        return Z if self.bias is None else Z.add_(V[self.bias][:, :, None])
+        return Z if self.bias is None else Z.add_(V[self.offsets][:, :, None])
 
     def add_adjoint(self, out: Tensor, W: Tensor) -> Tensor:
         """out + X' W at the entries of y for every column, in place: (dy, k), (K, k, n) -> (dy, k)."""
         n, (d, K), k = len(self.X), self.weights.shape, out.shape[1]
         back = multiply(W.reshape(K * k, n), self.X).view(K, k, d).mT.reshape(K * d, k)
-        out.index_add_(0, self.entries, back)
-        return out if self.bias is None else out.index_add_(0, self.bias, W.sum(2))
+        _add_at(out, self.entries, back)
+        return out if self.bias is None else _add_at(out, self.offsets, W.sum(2))
 
     def by_outputs(self, z: Tensor) -> Tensor:
         """(K, 1, n) of a tensor of the loss's shape; of a stack of them (k, ...), (K, k, n)."""
@@ -103,15 +108,16 @@ class LinearCall:
         return z.reshape(-1, n, K).permute(2, 0, 1).contiguous()
 
     def as_called(self, Z: Tensor) -> Tensor:
-        """A stack (k, ...) of tensors of the loss's shape: the inverse of ``by_outputs``."""
-        return Z.permute(1, 2, 0).reshape(Z.shape[1], *self.shape)
+        """A stack (k, ...) of tensors of the loss's shape, output by output in memory: the inverse of ``by_outputs``."""
+        return Z.permute(1, 2, 0).view(Z.shape[1], *self.shape)
 
 
 class Watch(TorchFunctionMode):
     """Under it, a linear map of fixed inputs by entries of ``y`` answers with a leaf of the right value, which is noted.
 
     What the loss makes of y beside them is all that still depends on y. A bias, in the call or added to it, is part of the leaf.
-    Cross entropies go by ``losses``.
+    A leaf lies in memory output by output, for samples are many and outputs few; so a ``view`` of what is made of it may be a
+    copy. Cross entropies go by ``losses``.
 
     Args:
         y: (dy,), a tensor of its own that requires a gradient, so that views know their base.
@@ -144,6 +150,8 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if func is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
+            return args[0].reshape(*args[1:])
         if peek_interpreter_stack() is None:  # else within a vmap or grad of the loss's own, whose tensors lie nowhere
             out = self._instead(func, args, kwargs)
             if out is not None:
@@ -183,7 +191,7 @@ class Watch(TorchFunctionMode):
             if offset is None and bias.requires_grad:
                 return None
         weight = weight.detach().T if by_rows else weight.detach()
-        z = multiply(X.detach().reshape(-1, X.shape[-1]), weight.reshape(index.shape))
+        z = multiply(weight.reshape(index.shape).mT, X.detach().reshape(-1, X.shape[-1]).mT).mT
         if isinstance(bias, Tensor):
             z = z + bias.detach()
         shape = X.shape[:-1] + (weight.shape[1:] if weight.dim() > 1 else ())
@@ -235,6 +243,21 @@ class Watch(TorchFunctionMode):
             return self.known[i]
         X = note["X"].reshape(-1, note["X"].shape[-1])
         return LinearCall(shape, X, note["weights"], note["bias"], note["X"], signs)
+
+
+def _as_slice(index: Tensor) -> Tensor | slice:
+    """The same entries by a slice where they follow one another: no gathering, no scattering."""
+    size = len(index)
+    first = int(index[0]) if size else 0
+    return slice(first, first + size) if torch.equal(index, first + torch.arange(size, device=index.device)) else index
+
+
+def _add_at(out: Tensor, entries: Tensor | slice, rows: Tensor) -> Tensor:
+    """out[entries] += rows, where no entry is named twice."""
+    if isinstance(entries, slice):
+        out[entries] += rows
+        return out
+    return out.index_add_(0, entries, rows)
 
 
 def _sign(t: Tensor) -> tuple:

@@ -30,7 +30,8 @@ def cross_entropy(
         return None
     largest = input.detach().amax(1, keepdim=True)
     normaliser = (input - largest).exp().sum(1).log() + largest[:, 0]
-    return REDUCTIONS[reduction](normaliser - input.gather(1, target[:, None])[:, 0])
+    picked = input.mT.gather(0, target[None])[0]  # of its transpose: so is what comes back
+    return REDUCTIONS[reduction](normaliser - picked)
 
 
 def log_softmax(input: Tensor, dim: int | None = None, *rest: Any, dtype: Any = None, **others: Any) -> Tensor | None:

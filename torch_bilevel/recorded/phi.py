@@ -99,7 +99,7 @@ class Phi(Recorded):
         One direction comes back without its stack.
         """
         pairs = [(self._gradients[leaf], v if batched else v[0]) for leaf, v in given.items()]
-        return list(backward([(g, v.contiguous()) for g, v in pairs if g is not None and g.requires_grad], inputs, batched))
+        return list(backward([(g, v) for g, v in pairs if g is not None and g.requires_grad], inputs, batched))
 
     def _pulled(self, parts: list[Tensor | None], columns: int | None = None) -> Tensor:
         """y-part + A' z-parts: (dy,), or (dy, k)."""
