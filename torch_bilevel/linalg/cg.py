@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -319,7 +320,11 @@ class _Recursion:
         if self.values is not None:
             self.values.append(value)
             return True
-        return not self.masked and bool(((value > above) & (value < torch.inf)).all())
+        if self.masked:
+            return False
+        if len(value) == 1:  # what is usual, in a third of the calls
+            return float(above) < float(value) < math.inf
+        return bool(((value > above) & (value < torch.inf)).all())
 
     def _stop(self, where: Tensor, code: int) -> None:
         self.state = torch.where((self.state == RUNNING) & where, code, self.state)

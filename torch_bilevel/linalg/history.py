@@ -60,9 +60,9 @@ class History:
             same = self.Z is self.R
             self.R = self._grow(self.R)
             self.Z = self.R if same else self._grow(self.Z)
-        self.R[:, self.count] = (r * scale).mT
+        torch.mul(r.mT, scale[:, None], out=self.R[:, self.count])  # an assignment of the product takes seven times as long
         if self.Z is not self.R:
-            self.Z[:, self.count] = (z * scale).mT
+            torch.mul(z.mT, scale[:, None], out=self.Z[:, self.count])
         self.count += 1
 
     def orthogonalise(self, r: Tensor) -> Tensor:
