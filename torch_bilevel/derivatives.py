@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.func import grad_and_value
 
 from .counting import OracleCounts, columns_of
@@ -184,6 +185,11 @@ class Linearisation:
     def phi(self) -> Phi:
         """The recorded ``Phi``, or one made now for a function that is not evaluated by it."""
         return self._graph if isinstance(self._graph, Phi) else Phi(self.objective, self.x, self.y, self.wrt)
+
+    @property
+    def recorded_node(self) -> Node | None:
+        """The backward node of the value; None where the recording does not show it."""
+        return self._graph.node if isinstance(self._graph, Phi) else None
 
     def yy(self, w: Tensor) -> Tensor:
         """h_yy w."""

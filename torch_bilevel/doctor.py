@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .errors import BilevelError, NonFiniteError, ProblemError, UnsupportedLayerError
 from .problem import BilevelProblem
+
+if TYPE_CHECKING:
+    from .derivatives import Linearisation
 
 CHECKPOINTING = "activation checkpointing has no higher derivatives under torch.func; switch it off"
 
@@ -85,11 +90,15 @@ def check_problem(problem: BilevelProblem) -> None:
             raise finding.error(finding.text)
 
 
-def refuse_third_derivatives(problem: BilevelProblem) -> None:
-    """UnsupportedLayerError if a layer of the problem has no correct third derivatives."""
-    found = _third(problem)
+def refuse_third_derivatives(at: Linearisation) -> None:
+    """UnsupportedLayerError if a layer of this lower loss has no correct third derivatives.
+
+    Each time, for .train() and .eval() change it; where nothing shows what was recorded, by another evaluation.
+    """
+    node = at.recorded_node
+    found = _third(at.objective.problem) if node is None else _nodes_in(node, NO_THIRD)
     if found:
-        raise UnsupportedLayerError(found[0])
+        raise UnsupportedLayerError(found[0][1])
 
 
 def has_third_derivatives(problem: BilevelProblem) -> bool:
@@ -97,9 +106,9 @@ def has_third_derivatives(problem: BilevelProblem) -> bool:
     return not _third(problem)
 
 
-def _third(problem: BilevelProblem) -> list[str]:
-    value, _ = _record(problem, "lower", problem.x, problem.y)  # each time: .train() and .eval() change it
-    return [text for _, text in _nodes_in(value, NO_THIRD)]
+def _third(problem: BilevelProblem) -> list[tuple[str, str]]:
+    value, _ = _record(problem, "lower", problem.x, problem.y)
+    return _nodes_in(value.grad_fn, NO_THIRD)
 
 
 def _record(problem: BilevelProblem, level: str, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -149,9 +158,9 @@ def _basic(problem: BilevelProblem):
             yield Finding("error", f"{words[level]} changes between two calls ({value.item():.6g}, {again.item():.6g}):"
                           " a Krylov solve on it is meaningless. Call learner.eval() (dropout), take random numbers out"
                           " of the loss, or pass seed=0 to fix them")  # fmt: skip
-        for _, text in _nodes_in(value, NO_SECOND):
+        for _, text in _nodes_in(value.grad_fn, NO_SECOND):
             yield Finding("error", text, UnsupportedLayerError)
-        for _, text in _nodes_in(value, NO_THIRD):
+        for _, text in _nodes_in(value.grad_fn, NO_THIRD):
             yield Finding("third", text, UnsupportedLayerError)
         if not value.requires_grad:
             reaches[level] = (False, False)
@@ -201,9 +210,9 @@ def _numerical(problem: BilevelProblem):
         yield Finding("warning", problem.words["curved"].format(curvature))
 
 
-def _nodes_in(value: Tensor, table: dict[str, str]) -> list[tuple[str, str]]:
-    """(node, text) for every backward node of the recorded value that the table names."""
-    found, seen, stack = {}, set(), [value.grad_fn]
+def _nodes_in(last: Node | None, table: dict[str, str]) -> list[tuple[str, str]]:
+    """(node, text) for every backward node from the last one on that the table names."""
+    found, seen, stack = {}, set(), [last]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -120,9 +120,9 @@ class Accuracy:
 
     def estimate(self, oracle: HyperOracle, ev: Evaluation) -> None:
         """|Y|, |Q|, |S| for S = g_yy^{-1} L_yy g_yy^{-1}, and |g_yy^{-1}|, from the last vectors on."""
-        refuse_third_derivatives(oracle.problem)
         x, y, v = ev.x, ev.points["y"], ev.points["v"]
         at = Objective(oracle.problem, lower=1.0, counts=ev.counts).linearise(x, y)
+        refuse_third_derivatives(at)
         L = Objective(oracle.problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=ev.counts).linearise(x, y)
         if "at" in ev.recorded:
             at.factor = ev.recorded["at"].factor

@@ -177,12 +177,12 @@ def lagrangian_hessian(
     counts: OracleCounts, at: Linearisation | None = None, lagrangian: Linearisation | None = None,
 ) -> HyperHessian:  # fmt: skip
     """[I; Y]' hess L [I; Y] at (x, y, v), reusing what was already recorded there (``at``: g, ``lagrangian``: L)."""
-    refuse_third_derivatives(problem)
     lower = at
     if at is None or "x" not in at.wrt:
         lower = Objective(problem, lower=1.0, counts=counts).linearise(x, y)
         if at is not None:
             lower.factor, lower.prepared = at.factor, at.prepared
+    refuse_third_derivatives(lower)
     if lagrangian is None:
         lagrangian = Objective(problem, upper=1.0, tangent=v, tangent_weight=-1.0, counts=counts).linearise(x, y)
     hessian = HyperHessian(lower, lower, [(1.0, lagrangian)], systems, tol)

@@ -30,7 +30,7 @@ class Phi(Recorded):
 
     Attributes:
         calls: in the order of the levels. leaves: y, the z of the calls, x, as far as they are differentiated.
-        complete: see ``Watch``.
+        complete: see ``Watch``. node: the backward node of the value, where recorded.
     """
 
     def __init__(self, h: Objective, x: Tensor, y: Tensor, wrt: str = "xy", *, record: bool = True):
@@ -42,7 +42,7 @@ class Phi(Recorded):
             inputs = [leaf for letter in wrt for leaf in self.leaves[letter]]
             parts = torch.autograd.grad(value, inputs, create_graph=record, allow_unused=True)
         self._gradients = dict(zip(inputs, parts))
-        self.value, self.wrt = value.detach(), wrt
+        self.value, self.wrt, self.node = value.detach(), wrt, value.grad_fn if record else None
         self.gx = self._part(self._gradients[self.x], self.x) if "x" in wrt else None
         self.gy = self._pulled([self._gradients[leaf] for leaf in self.leaves["y"]]) if "y" in wrt else None
 
