@@ -170,3 +170,36 @@ def test_a_float32_recursion_that_cannot_help_says_so(symmetric, gaussian):
     A = symmetric(torch.logspace(0, 11, n, dtype=torch.float64))
     rough = FunctionOperator(n, lambda v: A.float() @ v, dtype=torch.float32)
     assert not cg(A, gaussian(n), tol=1e-6, rough=rough, reorthogonalise=True, max_iterations=300).ok
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+@pytest.mark.parametrize("decades", [2, 6, 8])
+def test_a_loose_float64_recursion_is_believed_and_right(symmetric, gaussian, counter, columns, decades):
+    """No product for the residual, which is the true one all the same; a tight or a float32 one pays for it."""
+    A = symmetric(torch.logspace(-decades, 0, 80, dtype=torch.float64))
+    b = gaussian(80) if columns is None else gaussian(80, columns)
+    k = columns or 1
+    D, S = torch.float64, torch.float32
+    for tol, dtype, more in ((1e-2, D, 0), (1e-4, D, 0), (1e-5, D, k), (1e-2, S, k)):
+        if dtype is S and decades > 2:
+            continue
+        operator = counter(A.to(dtype))
+        solution = cg(operator, b.to(dtype), tol=tol, max_iterations=20_000)
+        assert solution.ok
+        assert solution.products == operator.count
+        if columns is None or decades == 2:  # else rounding decides how many steps a column takes in a block
+            alone = [cg(A.to(dtype), column.to(dtype), tol=tol, max_iterations=20_000) for column in b.view(80, k).unbind(1)]
+            assert operator.count == sum(one.iterations for one in alone) + more
+        true = torch.linalg.vector_norm(A @ solution.x.double() - b, dim=0) / torch.linalg.vector_norm(b, dim=0)
+        assert bool((true <= 1.01 * tol).all())
+        assert bool(((solution.residual - true).abs() <= 0.01 * tol).all())
+
+
+def test_what_is_left_of_a_warm_start_decides_too(symmetric, gaussian):
+    """From a start as good as 1e-8 a tolerance of 1e-9 is loose for the recursion, but not for the residual it began with."""
+    A, b = symmetric(torch.logspace(-3, 0, 60, dtype=torch.float64)), gaussian(60)
+    near = torch.linalg.solve(A, b) * (1 + 1e-8)
+    for tol, start, more in ((1e-9, near, 2), (1e-2, None, 0), (1e-2, 1e4 * near, 2)):
+        solution = cg(A, b, tol=tol, x0=start)
+        assert solution.ok
+        assert solution.products == solution.iterations + more

@@ -75,11 +75,12 @@ def cg(
             given float32. Products with it count like those with A.
 
     Returns:
-        A ``Solution`` whose residual is recomputed; NEGATIVE_CURVATURE carries the direction and its
+        A ``Solution`` whose residual is recomputed, but in float64 with tolerances from 1e-4 on (a recursion drifts by its
+        steps times 1e-16 times the condition number); NEGATIVE_CURVATURE carries the direction and its
         curvature.
 
-    Cost: one product per step and unfinished column, one more per column for the true residual, one more with
-        x0.
+    Cost: one product per step and unfinished column, one more per column where the true residual is computed, one more
+        with x0.
     On CUDA, on a stream that is not the default one (``minimize`` and the optimizers see to it), all but the first steps
         are replayed as a CUDA graph, where A and M ask nothing of the host.
     Memory: 5 blocks of b's size; ``reorthogonalise`` adds n * iterations per column (twice that with M), up to
@@ -102,7 +103,7 @@ def cg(
         recursion = _Recursion(rough, R.to(low), target.clamp(min=REACH).to(low), preconditioner, reorthogonalise, check_every, 0)
         cycle = recursion.run(budget)
         direction = None if cycle.direction is None else cycle.direction.to(R.dtype)
-        return replace(cycle, E=cycle.E.to(R.dtype), direction=direction)
+        return replace(cycle, E=cycle.E.to(R.dtype), direction=direction, residual=None)
 
     return refine(A, b, run, solver="cg", tol=tol, atol=atol, max_iterations=max_iterations, x0=x0)
 
@@ -123,6 +124,7 @@ class _Recursion:
         k = R.shape[1]
         self.A, self.preconditioner, self.target = A, preconditioner, target
         self.E, self.code = torch.zeros_like(R), torch.full((k,), RUNNING, device=R.device)  # of all columns
+        self.residual = R.new_zeros(k)
         self.columns = torch.arange(
             k, device=R.device
         )  # the working set; the fields below are of its columns
@@ -179,7 +181,8 @@ class _Recursion:
                 self._stop(torch.ones_like(self.state, dtype=torch.bool), STAGNATION)
                 break
         self._retire()
-        return Cycle(self.E, self.code, iterations, self.products, direction, curvature, self._ritz())
+        residual = self.residual if self.E.dtype is torch.float64 else None
+        return Cycle(self.E, self.code, iterations, self.products, direction, curvature, self._ritz(), residual)
 
     def _replayed(self, budget: int) -> int:
         """Do up to LOOK steps by a CUDA graph, recorded now where there is none, and look at them; how many were done.
@@ -334,6 +337,7 @@ class _Recursion:
         """Write the working set back; return the most negative direction newly found with its curvature."""
         self.E[:, self.columns] = self.e
         self.code[self.columns] = self.state
+        self.residual[self.columns] = torch.linalg.vector_norm(self.r, dim=0)
         worst = self.curvature.argmin()
         if not bool(self.state[worst] == NEGATIVE_CURVATURE):
             return None

@@ -3,7 +3,9 @@
 A Krylov method tracks its residual by a recursion, which drifts from the truth. So each *cycle* solves for a
 correction, A e = r / |r|, and the loop recomputes r = b - A (x + |r| e) before it believes the answer.
 Scaling by |r| makes the cycle blind to the size of b (1e-30 and 1e+30 give the same digits), and a cycle
-whose true residual misses the tolerance is followed by another one as long as that residual at least halves.
+whose true residual misses the tolerance is followed by another one as long as that residual at least halves. Where the
+tolerance is so loose that the drift cannot matter, the recursion is believed, and the product saved: a fifth to a third of
+them in solves of a few steps.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ CONVERGED, MAX_ITERATIONS, STAGNATION, NEGATIVE_CURVATURE, NOT_POSITIVE_DEFINITE
     len(SEVERITY)
 )
 RUNNING = -1
+#: tolerance, relative to b and to what is left at the start, from which a recursion in float64 is believed: it drifts by its
+#: steps times 1e-16 times the condition number
+TRUSTED = 1e-4
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """What one run of a Krylov recursion gives: corrections E (n, m), codes (m,), what they cost, and Ritz vectors."""
+    """What one run of a Krylov recursion gives: corrections E (n, m), codes (m,), what they cost, Ritz vectors, and the residuals
+    (m,) that it ends with where they are those of A but for drift."""
 
     E: Tensor
     code: Tensor
@@ -35,6 +41,7 @@ class Cycle:
     direction: Tensor | None = None
     curvature: Tensor | None = None
     ritz: NystromPreconditioner | None = None
+    residual: Tensor | None = None
 
 
 #: (R, target, budget) -> Cycle: solve A E = R (unit columns) to |A e - r| <= target (m,) in at most budget
@@ -66,7 +73,8 @@ def refine(
     x0: Tensor | None = None,
     monotone: bool = False,
 ) -> Solution:
-    """Solve A x = b column by column to |A x - b| <= max(tol |b|, atol), judged on the recomputed residual.
+    """Solve A x = b column by column to |A x - b| <= max(tol |b|, atol), judged on the recomputed residual; on the recursion's
+    own where all tolerances are TRUSTED and more.
 
     Args:
         b: (n,) or (n, k).
@@ -78,8 +86,8 @@ def refine(
         monotone: the method never increases the residual in exact arithmetic (MINRES; CG reduces the error in
             the norm of A instead), so that an increase is rounding and undone.
 
-    Cost: the cycles' products, and per cycle one for the true residual of each of its columns; one more with
-        x0.
+    Cost: the cycles' products, and per cycle one for the true residual of each of its columns where that is recomputed; one
+        more with x0.
     """
     budget = default_max_iterations(A.n) if max_iterations is None else max_iterations
     B = b.unsqueeze(1) if b.ndim == 1 else b
@@ -91,26 +99,32 @@ def refine(
     X = torch.zeros_like(B, memory_format=torch.contiguous_format)
     R = B.clone(memory_format=torch.contiguous_format)
     products = iterations = 0
-    columns = nonzero.nonzero().flatten()
-    if x0 is not None and columns.numel():
+    columns, number = _where(nonzero)
+    if x0 is not None and number:
         X[:, columns] = x0.reshape(B.shape)[:, columns]
         R[:, columns] -= A.apply(X[:, columns])
-        products += columns.numel()
+        products += number
     r_norm = column_norms(R)
     code = torch.where(r_norm / unit <= goal, CONVERGED, RUNNING)
     code = torch.where(r_norm.isfinite(), code, NON_FINITE)
     direction = curvature = ritz = None
 
     while iterations < budget:
-        columns = (code == RUNNING).nonzero().flatten()
-        if not columns.numel():
+        columns, number = _where(code == RUNNING)
+        if not number:
             break
-        old = r_norm[columns]
-        cycle = run_cycle(R[:, columns] / old, goal[columns] * (unit[columns] / old), budget - iterations)
+        old = r_norm[columns].clone()
+        target = goal[columns] * (unit[columns] / old)
+        cycle = run_cycle(R[:, columns] / old, target, budget - iterations)
         iterations += cycle.iterations
         X_new = X[:, columns] + cycle.E * old
+        loose = cycle.residual is not None and bool((torch.minimum(goal[columns], target) >= TRUSTED).all())
+        if loose and bool((cycle.code == CONVERGED).all()):
+            X[:, columns], r_norm[columns], code[columns] = X_new, cycle.residual * old, CONVERGED
+            products, ritz = products + cycle.products, ritz or cycle.ritz
+            break
         R_new = B[:, columns] - A.apply(X_new)
-        products += cycle.products + columns.numel()
+        products += cycle.products + number
         new = column_norms(R_new)
         # A cycle that ended for a reason of its own keeps its iterate; one that only drifted keeps the
         # better.
@@ -144,3 +158,9 @@ def refine(
         curvature=curvature,
         ritz=ritz,
     )
+
+
+def _where(columns: Tensor) -> tuple[Tensor | slice, int]:
+    """The columns of a mask, by a slice where it is all of them (no gathering, no scattering), and how many they are."""
+    number = int(columns.sum())
+    return (slice(None) if number == len(columns) else columns.nonzero().flatten()), number

@@ -50,10 +50,10 @@ class Solution:
     Args:
         x: (n,) or (n, k), the last finite iterate.
         status: how it ended; of a block, the worst column's.
-        residual: |A x - b| / |b| recomputed from x, () or (k,); 0 for b = 0; 1 or NaN where nothing was
+        residual: |A x - b| / |b| recomputed from x (see ``cg``), () or (k,); 0 for b = 0; 1 or NaN where nothing was
             found.
         iterations: of the slowest column.
-        products: products with A, one per vector, the recomputed residual's included.
+        products: products with A, one per vector, a recomputed residual's included.
         solver: name of the method.
         direction: (n,), a unit d with d'Ad < 0 (the most negative of a block), where negative curvature was
             met.

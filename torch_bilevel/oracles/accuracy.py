@@ -17,8 +17,9 @@ from ..lower import LowerSolver
 from .evaluation import Evaluation, HyperOracle, require_solution
 
 #: the norms come from power iterations, which approach them from below: the factor by which they are raised, the
-#: evaluations that an estimate serves at first (each serves twice as many, up to LASTS), relative residual of its solves
-SAFETY, SERVES, LASTS, ROUGH = 2.0, 1, 20, 0.1
+#: evaluations that an estimate serves at first, how many times as many the next one, up to how many; relative residual of its
+#: solves
+SAFETY, SERVES, GROWTH, LASTS, ROUGH = 2.0, 1, 3, 20, 0.1
 #: share of the allowed error that a solve aims at, and evaluations of one point before the tolerances are the default
 AIM, ROUNDS = 0.5, 3
 #: relative residual of any adjoint solve at most; lower solves leave ``REDUCTION`` of what they start from, at most
@@ -53,7 +54,7 @@ class Accuracy:
     Raises:
         ConfigError: theta outside (0, 1), or a lower solver with a set amount of work.
 
-    Cost: nothing but the estimates: two gradients and 8 solves to 0.1 each, 5 the first time.
+    Cost: nothing but the estimates: two gradients and 8 solves to 0.1 each, in four blocks; 5, in two, the first time.
     """
 
     def __init__(self, theta: float, solver: LowerSolver):
@@ -119,7 +120,11 @@ class Accuracy:
     # -- norms ----------------------------------------------------------------------------------------------------
 
     def estimate(self, oracle: HyperOracle, ev: Evaluation) -> None:
-        """|Y|, |Q|, |S| for S = g_yy^{-1} L_yy g_yy^{-1}, and |g_yy^{-1}|, from the last vectors on."""
+        """|Y|, |Q|, |S| for S = g_yy^{-1} L_yy g_yy^{-1}, and |g_yy^{-1}|, from the last vectors on.
+
+        One power iteration each, with Y'Y, Q'Q and S, side by side; the first of Y and Q is its second half, from near the
+        residual of which the norm is a factor.
+        """
         x, y, v = ev.x, ev.points["y"], ev.points["v"]
         at = Objective(oracle.problem, lower=1.0, counts=ev.counts).linearise(x, y)
         refuse_third_derivatives(at)
@@ -127,48 +132,32 @@ class Accuracy:
         if "at" in ev.recorded:
             at.factor = ev.recorded["at"].factor
 
-        def solve(b: Tensor) -> Tensor:
-            return require_solution(oracle.systems.solve(at, b, tol=ROUGH), "norms for accuracy on demand")
+        def solve(*columns: Tensor) -> tuple[Tensor, ...]:
+            b = torch.stack(columns, dim=1)
+            return require_solution(oracle.systems.solve(at, b, tol=ROUGH), "norms for accuracy on demand").unbind(1)
 
-        def Y(u: Tensor) -> Tensor:
-            return -solve(at.yx(u))
-
-        def Y_t(w: Tensor) -> Tensor:
-            return -at.xy(solve(w))
-
-        def Q_t(z: Tensor) -> Tensor:
-            a, b = L.joint(None, solve(z))
-            return a + Y_t(b)
-
-        def S(s: Tensor) -> Tensor:
-            inverse = solve(s)
-            self.norms["inverse"] = float(torch.linalg.vector_norm(inverse))
-            return solve(L.yy(inverse))
-
-        def Q(u: Tensor) -> Tensor:
-            return solve(L.joint(u, Y(u))[1])
-
-        self._iterate("Y", Y, Y_t, L.gy)  # f_y - g_yy v
-        self._iterate("Q", Q, Q_t, at.gy)
-        self._iterate("S", S, None, at.gy)
+        norms, vectors = {"Y": 0.0, "Q": 0.0}, self.vectors
+        w, z, s = _start(L.gy), _start(at.gy), vectors.get("S", _start(at.gy))  # L.gy = f_y - g_yy v
+        if vectors:
+            u = vectors["Q"]
+            cross = at.yx(torch.stack([vectors["Y"], u], dim=1))
+            w, Yu = solve(*(-cross).unbind(1))
+            (z,) = solve(L.joint(u, Yu)[1])
+            for name, image in (("Y", w), ("Q", z)):
+                norms[name] = float(torch.linalg.vector_norm(image))
+            w, z = _unit(w), _unit(z)
+        w, z, inverse = solve(w, z, s)
+        on_x, on_y = L.joint(None, z)
+        b, new_S = solve(on_y, L.yy(inverse))
+        cross = at.xy(torch.stack([w, b], dim=1))
+        new = {"Y": -cross[:, 0], "Q": on_x - cross[:, 1], "S": new_S}
+        sizes = {name: float(torch.linalg.vector_norm(vector)) for name, vector in new.items()}
+        norms = {name: max(size, norms.get(name, 0.0)) for name, size in sizes.items()}  # |A' w| / |w| >= |A u| / |u|
+        self.norms = {**norms, "inverse": float(torch.linalg.vector_norm(inverse))}
+        self.vectors = {name: _unit(vector) if sizes[name] > 0 else _start(vector) for name, vector in new.items()}
         if self.age > self.serves:
-            self.serves = min(2 * self.serves, LASTS)
+            self.serves = min(GROWTH * self.serves, LASTS)
         self.age = 0
-
-    def _iterate(self, name: str, A: Callable[[Tensor], Tensor], A_t: Callable | None, residual: Tensor) -> None:
-        """One power iteration with A'A (A_t None: with a symmetric A); the first is its second half, near ``residual``."""
-        u = self.vectors.get(name)
-        if A_t is None:
-            w = new = A(_start(residual) if u is None else u)
-            norm = float(torch.linalg.vector_norm(w))
-        else:
-            w = _start(residual) if u is None else A(u)
-            norm = 0.0 if u is None else float(torch.linalg.vector_norm(w))  # |A' w| / |w| >= |A u| / |u|
-            new = A_t(w / torch.linalg.vector_norm(w)) if u is None or norm > 0 else w
-            norm = max(norm, float(torch.linalg.vector_norm(new)))
-        self.norms[name] = norm
-        if norm > 0:
-            self.vectors[name] = new / torch.linalg.vector_norm(new)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -179,6 +168,12 @@ class Accuracy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.norms, self.vectors = dict(state["norms"]), dict(state["vectors"])
         self.theta, self.size, self.trend, self.floor, self.age, self.serves = state["numbers"]
+
+
+def _unit(v: Tensor) -> Tensor:
+    """v / |v|, zero for zero."""
+    size = torch.linalg.vector_norm(v)
+    return v / torch.where(size > 0, size, size + 1)
 
 
 def _start(residual: Tensor) -> Tensor:
