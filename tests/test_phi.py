@@ -12,6 +12,7 @@ from tests.reference import blocks
 from tests.test_outputs import LOSSES, D, f, problem, randn
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
+from torch_bilevel.doctor import refuse_third_derivatives
 from torch_bilevel.recorded import Graph, Phi, calls, losses
 
 N, D_IN, K = 9, 7, 3
@@ -88,6 +89,27 @@ def test_a_derivative_that_is_not_recorded_is_refused():
     assert isinstance(at._graph, Phi)
     with pytest.raises(RuntimeError, match="no derivative in x"):
         at.yx(p.x)
+
+
+def normalised_outputs(x, y):
+    z = F.layer_norm(X @ y[: D_IN * K].view(D_IN, K), (K,))
+    return F.cross_entropy(z + y[D_IN * K :], LABELS) + (x.exp().sum() + 1) * (y * y).sum()
+
+
+def test_wrong_third_derivatives_are_seen_in_what_is_recorded(monkeypatch):
+    """Without another evaluation of the loss; a recording that does not show them asks for one."""
+    p = problem(normalised_outputs, D_IN, (D_IN + 1) * K)
+    for at in (objective(p, lower=1.0).linearise(p.x, p.y), objective(p, lower=1.0, tangent=p.y).linearise(p.x, p.y)):
+        assert isinstance(at._graph, Phi)
+        with monkeypatch.context() as context:
+            context.setattr(tb.BilevelProblem, "pieces", lambda *_: pytest.fail("evaluated again"))
+            with pytest.raises(tb.UnsupportedLayerError, match="LayerNorm"):
+                refuse_third_derivatives(at)
+    monkeypatch.setattr(calls, "SMALL", 10**9)
+    at = objective(problem(normalised_outputs, D_IN, (D_IN + 1) * K), lower=1.0).linearise(p.x, p.y)
+    assert isinstance(at._graph, Graph)
+    with pytest.raises(tb.UnsupportedLayerError, match="LayerNorm"):
+        refuse_third_derivatives(at)
 
 
 def output_used_twice(x, y):
