@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import torch_bilevel as tb
@@ -33,3 +34,24 @@ def test_a_gradient_above_rounding_is_no_convergence():
     g.linearise = upside_down
     result = NewtonCG().solve(g, problem.x, problem.y + 1, systems=LowerSystems())
     assert result.status is LowerStatus.STAGNATION
+
+
+@pytest.mark.parametrize(("stiff", "dtype"), [(1e4, torch.float32), (1e4, torch.float64), (1e7, torch.float64)])
+def test_a_stiff_direction_does_not_speak_for_the_soft_ones(stiff, dtype):
+    """One CG step removes it and most of the gradient: what is left is small beside that, and far from solved."""
+    n = 30
+    curvature = torch.cat([torch.tensor([stiff]), torch.linspace(0.01, 1.0, n - 1)]).to(dtype)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q.to(dtype)
+    center = torch.ones(n, dtype=dtype)
+
+    def g(x, y):
+        z = Q @ (y - center)
+        return 0.5 * (curvature * z * z).sum() + 0.01 * (z**4).sum() + 0 * x.sum()
+
+    p = tb.BilevelProblem.from_functions(lambda x, y: y.sum(), g, torch.zeros(1, dtype=dtype), torch.zeros(n, dtype=dtype))
+    objective = Objective(p, lower=1.0, counts=OracleCounts())
+    tol = 1e-5
+    result = NewtonCG(tol=tol).solve(objective, p.x, p.y, systems=LowerSystems(solver="cg"))
+    assert result.status is LowerStatus.CONVERGED
+    distance = float((result.y - center).norm())
+    assert distance <= 10 * tol * (1 + float(center.norm()))

@@ -18,8 +18,9 @@ from .systems import LowerSystems, tolerance_of_step
 class NewtonCG(LowerSolver):
     """Inexact Newton: solve h_yy p = -h_y to a forcing tolerance, halve p until h decreases.
 
-    The error after a step is estimated without another solve, |p| |h_y(y + p)| / |h_y(y)|, and the method ends when
-    that is below tol (1 + |y|). Each system is solved only as well as the target needs.
+    The error after a step is estimated without another solve, |p| |h_y(y + p)| / |h_y(y)|, the quotient at least the
+    tolerance of an iterative solve of p, and the method ends when that is below tol (1 + |y|). Each system is solved only as
+    well as the target needs.
 
     Args:
         tol: relative error of y; default 1e-10 in float64, 3e-6 in float32.
@@ -79,7 +80,9 @@ class NewtonCG(LowerSolver):
                 return result
             y, new_at, rate = accepted
             new_norm = torch.linalg.vector_norm(new_at.gy)
-            error = rate * p_norm * torch.clamp(new_norm / norm, max=1.0)
+            # a residual far below what was asked for may be a stiff direction's, with the soft ones unsolved; not a factor's
+            least = eta if direction.iterations else 0.0
+            error = rate * p_norm * torch.clamp(new_norm / norm, min=least, max=1.0)
             target = max(tol * scale / max(float(error), 1e-300), residual / max(float(new_norm), 1e-300))
             quadratic = 0.5 * float(new_norm / norm) ** 2  # what the next step can gain at best (Eisenstat, Walker)
             floor = 1e-10 if y.dtype == torch.float64 else 1e-5
