@@ -220,3 +220,20 @@ def test_failing_evaluations_end_in_an_error_with_the_run():
     assert not any(step.accepted for step in steps)
     assert all(b.cubic_reg > a.cubic_reg for a, b in zip(steps, steps[1:]))
     assert torch.equal(problem.x, nonconvex().x0)
+
+
+def test_an_increase_of_the_value_is_no_decrease_whatever_the_gradients_say():
+    """Float32, and a predicted decrease below a hundred times its rounding, which gradients judge; but a wall is on the way."""
+
+    def upper(x, y):
+        return 1.0 - 1e-6 * x.sum() + 0.5e-8 * x.square().sum() + 1e-3 * torch.sigmoid(x - 30).sum() + 0.0 * y.sum()
+
+    def lower(x, y):
+        return 0.5 * (y - x).square().sum()
+
+    start = torch.zeros(1, dtype=torch.float32)
+    problem = tb.BilevelProblem.from_functions(upper, lower, start, start.clone())
+    result = tb.minimize(problem, "dlcrn", cubic_reg=1e-12, gradient_tol=1e-9, max_steps=12)
+    assert any(not report.accepted for report in result.history)  # the step to 100, where the gradient vanishes
+    assert float(result.x) < 30
+    assert result.value <= 1.0 + 1e-6

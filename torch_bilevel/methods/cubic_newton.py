@@ -293,7 +293,7 @@ class CubicNewtonRun(Run):
 
         For a cubic function the two agree: with e = (g_new - g - H s)'s, actual change = quadratic change + e/3 and
         fit = 2 e / |s|^3. Values carry an error of about 30 eps |value|, of a single loop also that of its lag; the
-        gradient form replaces them when the predicted decrease is not well above that.
+        gradient form replaces them when the predicted decrease is not well above that, and they do not show an increase.
         """
         s, length, predicted, quadratic = tried.s, tried.length, tried.predicted, tried.quadratic
         pull = float(torch.linalg.vector_norm(ev.gradient)) / length**2
@@ -302,7 +302,9 @@ class CubicNewtonRun(Run):
         value, new_value = float(ev.value), float(new.value)
         noise = self._noise(value, new_value) + 0.1 * (ev.value_bound + new.value_bound)
         change = new_value - value
-        if not abs(predicted) > max(100 * noise, 10 * self._lag):
+        # by the values: it went up, and no cubic function need be what did it
+        told = change > max(3 * noise, 3 * self._lag, self.oracle.solution_noise(max(abs(value), abs(new_value))))
+        if not told and not abs(predicted) > max(100 * noise, 10 * self._lag):
             noise = max(noise, self._lag)
             bend = float(torch.dot(new.gradient - self._model_gradient(ev, tried), s))
             change, fit = quadratic + bend / 3, 2 * bend / length**3

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError, NotStronglyConvexError, SolverError, nearest
-from ..lower.systems import tolerance_of_step
 from ..oracles import Evaluation, HyperOracle, ImplicitOracle
 from ..oracles.inexact import at_least, positive
 from ..problem import BilevelProblem
@@ -22,6 +21,8 @@ from .second_order import oracle_options
 REACH = 4.0
 #: share of the value that the first step along a gradient foresees as its decrease
 FORESEEN = 0.1
+#: share of the value up to which its error is allowed for in the line search, where the slope is below it
+NOISE = 1e-3
 #: initial inverse Hessians of the recursion, and how far a diagonal one may be from its scalar
 SCALINGS, SPREAD = ("scalar", "diagonal"), 10.0
 
@@ -82,8 +83,8 @@ class LBFGSRun(Run):
 
     def _search(self, ev: Evaluation, direction: Tensor, slope: float) -> Trial | None:
         value = float(ev.value)
-        tol = self.oracle.lower_tol if self.oracle.lower_tol is not None else tolerance_of_step(self.x.dtype)
-        noise = 10 * tol * abs(value) + ev.value_bound  # of values at lower solutions that are good to tol
+        bound = min(ev.value_bound, max(NOISE * abs(value), -slope))  # a bound above both tells nothing
+        noise = self.oracle.solution_noise(abs(value)) + bound
         first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction, slope))
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)
 

@@ -16,6 +16,7 @@ from ..derivatives import Linearisation, Objective
 from ..errors import NonFiniteError, NotStronglyConvexError, SolverError
 from ..linalg import LinearOperator, Solution, SolveStatus
 from ..lower import External, LowerResult, LowerSolver, LowerStatus, LowerSystems, make_lower
+from ..lower.systems import tolerance_of_step
 from ..problem import BilevelProblem
 
 
@@ -199,6 +200,11 @@ class HyperOracle(ABC):
     def value_noise(self, size: float) -> float:
         """Rounding error to expect of a difference of two values of this size."""
         return 30 * torch.finfo(self.problem.dtype).eps * size
+
+    def solution_noise(self, size: float) -> float:
+        """Error to expect of a value of this size at a lower solution that is good to the oracle's tolerance."""
+        tol = self.lower_tol if self.lower_tol is not None else tolerance_of_step(self.problem.dtype)
+        return 10 * tol * size
 
     @abstractmethod
     def evaluate(self, x: Tensor | None = None) -> Evaluation:
