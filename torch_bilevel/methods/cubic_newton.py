@@ -9,15 +9,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..cubic import CubicStatus
 from ..errors import NonFiniteError, NotStronglyConvexError, SolverError
 from ..oracles import Evaluation, HyperOracle
 from ..problem import BilevelProblem
 from ..results import StepReport
 from .base import Method, Run
 from .model import HessianModel, check_kind
-from .projected import cauchy_step, projected_step
-from .proposal import Proposal
+from .proposal import Proposal, propose
 from .regularisation import FittedRegularisation, FixedRegularisation, Trial
 from .schedule import AdaptiveRefresh, Age, FixedPeriod
 
@@ -106,7 +104,7 @@ class CubicNewtonRun(Run):
             g_norm = float(torch.linalg.vector_norm(ev.gradient))
             self._cubic_reg = method.regularisation.initial(self.model.norm(ev.gradient), g_norm)
         cubic_reg = self._cubic_reg
-        tried = self._propose(ev, cubic_reg)
+        tried = propose(self.model, ev, cubic_reg, box=self.box, scale=self.scale, adaptive=method.regularisation.adaptive)
         if tried.length == 0.0:
             return self._stay(refreshed, cubic_reg)
         if refreshed:  # the price of a Hessian is that of its model as well
@@ -125,7 +123,7 @@ class CubicNewtonRun(Run):
         self.steps += 1
         error = math.inf
         if new is not None and method.schedule.refreshes_on_failure:
-            error = self._model_error(ev.x, ev.gradient, new.gradient, self._model_gradient(ev, tried))
+            error = self._model_error(ev.x, ev.gradient, new.gradient, tried.model_gradient(self.model, ev.gradient))
         self._grow_older(ev.x, tried.length, accepted, error, self.counts.oracle_calls - spent)
         if accepted and method.schedule.corrects:
             self.model.correct(tried.x_new - ev.x, new.gradient - ev.gradient)
@@ -242,41 +240,6 @@ class CubicNewtonRun(Run):
         return HessianModel(None if matrix_saved else ev.hessian, kind=method.hessian, tol=method.model_tol,
                             max_basis=method.max_basis, eps=method.model_eps, seed=self.seed, state=state)  # fmt: skip
 
-    def _propose(self, ev: Evaluation, cubic_reg: float) -> Proposal:
-        """The step of the cubic model, with bounds and scale applied."""
-        model, box, g = self.model, self.box, ev.gradient
-        adaptive = self.method.regularisation.adaptive
-        if box is None or not adaptive:  # as published: the step of all variables, then projected
-            step = model.solve(g, cubic_reg)
-            s = step.step
-        else:
-            step, s = projected_step(model, box, self.x, g, cubic_reg)
-        if step.status is CubicStatus.NON_FINITE:
-            raise NonFiniteError(step.describe())
-        if not step.ok and not step.descends and float(torch.linalg.vector_norm(step.step)) > 0:
-            raise SolverError(step.describe(), step)
-        if box is None and self.scale == 1.0:
-            x_new = self.x + s
-            s = x_new - self.x
-            length = float(torch.linalg.vector_norm(s))
-            return Proposal(step, x_new, s, length, float(step.predicted_decrease), float(step.quadratic_change))
-        s = self.scale * s
-        if box is not None and not adaptive:
-            s = box.project(self.x + s) - self.x
-        quadratic, predicted, Hs = self._model_values(g, s, cubic_reg)
-        if box is not None and adaptive and not predicted > 0:
-            s = cauchy_step(model, box, self.x, g, cubic_reg)
-            quadratic, predicted, Hs = self._model_values(g, s, cubic_reg)
-        x_new = self.x + s if box is None else box.project(self.x + s)
-        s = x_new - self.x
-        return Proposal(step, x_new, s, float(torch.linalg.vector_norm(s)), predicted, quadratic, Hs)
-
-    def _model_values(self, gradient: Tensor, s: Tensor, cubic_reg: float) -> tuple[float, float, Tensor]:
-        """(quadratic change, predicted decrease) of the cubic model along any s, and H s; one product for a Krylov model."""
-        Hs = self.model.product(s)
-        quadratic = float(torch.dot(gradient, s) + 0.5 * torch.dot(s, Hs))
-        return quadratic, -quadratic - cubic_reg / 6 * float(torch.linalg.vector_norm(s)) ** 3, Hs
-
     def _try(self, x_new: Tensor) -> Evaluation | None:
         """The evaluation at a trial point; None where it fails and the method may shorten the step instead."""
         if not self.method.regularisation.adaptive:
@@ -306,7 +269,7 @@ class CubicNewtonRun(Run):
         told = change > max(3 * noise, 3 * self._lag, self.oracle.solution_noise(max(abs(value), abs(new_value))))
         if not told and not abs(predicted) > max(100 * noise, 10 * self._lag):
             noise = max(noise, self._lag)
-            bend = float(torch.dot(new.gradient - self._model_gradient(ev, tried), s))
+            bend = float(torch.dot(new.gradient - tried.model_gradient(self.model, ev.gradient), s))
             change, fit = quadratic + bend / 3, 2 * bend / length**3
             old_norm, new_norm = self.stationarity(), float(torch.linalg.vector_norm(new.gradient))
             if self.box is not None:
@@ -339,7 +302,8 @@ class CubicNewtonRun(Run):
         self.steps += 1
         report = self.report(step_norm=tried.length, cubic_reg=self._cubic_reg, refreshed=refreshed,
                              predicted_decrease=tried.predicted)  # fmt: skip
-        self._untested = {"s": tried.s, "model_gradient": self._model_gradient(ev, tried), "predicted": tried.predicted,
+        model_gradient = tried.model_gradient(self.model, ev.gradient)
+        self._untested = {"s": tried.s, "model_gradient": model_gradient, "predicted": tried.predicted,
                           "quadratic": tried.quadratic, "gradient": ev.gradient, "x": ev.x}  # fmt: skip
         self.x, self.evaluation = tried.x_new, None
         self._accepted += 1
@@ -354,12 +318,6 @@ class CubicNewtonRun(Run):
         error = self._model_error(last["x"], last["gradient"], ev.gradient, last["model_gradient"])
         self._grow_older(last["x"], length, True, error, ev.counts.oracle_calls)
         self._cubic_reg = self.method.regularisation.after(self._cubic_reg, trial, True, self._accepted, self._streak)
-
-    def _model_gradient(self, ev: Evaluation, tried: Proposal) -> Tensor:
-        """g + H s: from the optimality of the cubic step (no product), or with the H s of a step that was cut or scaled."""
-        if self.box is None and self.scale == 1.0 and self.model.kind != "gradient":
-            return -float(tried.cubic.shift) * tried.cubic.step  # a Krylov step's residual is orthogonal to s
-        return ev.gradient + (self.model.product(tried.s) if tried.Hs is None else tried.Hs)
 
     # -- data, state ----------------------------------------------------------------------------------------------
 
