@@ -18,9 +18,12 @@ from torch.func import grad_and_value
 from .counting import OracleCounts, columns_of
 from .folding import fast_products
 from .problem import BilevelProblem
-from .recorded import Graph, LinearCall, Phi, Recorded, calls, look, worth_it
+from .recorded import Compiled, Graph, LinearCall, Phi, Program, Recorded, calls, gradient, look, worth_it
 
 Function = Callable[[Tensor, Tensor], Tensor]
+
+#: products of f, of g and of <g_y, v> that methods ask for: compiled where they are, traced at once
+USUAL = {"f": [("xy", "xy")], "g": [("y", "y"), ("y", "x"), ("x", "y")], "t": [("xy", "xy")]}
 
 
 def load_torch_func() -> None:
@@ -102,6 +105,9 @@ class Objective:
     def gradient(self, x: Tensor, y: Tensor, wrt: str = "xy") -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(h, h_x, h_y) without a retained graph; a derivative that ``wrt`` does not name is None."""
         self._count("gradients")
+        if self.is_compiled:
+            found = dict(zip(("h", *wrt), gradient(self._terms(x, y), x, y, wrt)))
+            return found["h"], found.get("x"), found.get("y")
         if self.is_chain(x, y):
             phi = Phi(self, x, y, wrt, record=False)
             return phi.value, phi.gx, phi.gy
@@ -142,6 +148,27 @@ class Objective:
             chains[self.kind] = phi is not None and phi.complete and phi.is_gradient(self._gradient(x, y, "y")[2])
         return chains[self.kind]
 
+    @property
+    def is_compiled(self) -> bool:
+        return self.problem.compile and self.is_single
+
+    def record(self, x: Tensor, y: Tensor, wrt: str = "xy", *, compiled: bool) -> Recorded:
+        """h at one point, where its data is one batch."""
+        if compiled:
+            return Compiled(self._terms(x, y), x, y, wrt, lambda: self.record(x, y, wrt, compiled=False))
+        if self.is_chain(x, y):
+            return Phi(self, x, y, wrt)
+        return Graph(next(iter(self.functions())), x, y, wrt)
+
+    def _terms(self, x: Tensor, y: Tensor) -> list[tuple[float, Program, list[Tensor]]]:
+        """(weight, program, what it is given beside x and y) for f, g and <g_y, v>: one program serves every objective."""
+        data = self.problem.tensors()
+        given = [(self.upper, "f", []), (self.lower, "g", [])]
+        if self.tangent is not None:
+            given.append((self.tangent_weight, "t", [self.tangent.detach()]))
+        terms = [(weight, name, [*beside, *data]) for weight, name, beside in given if weight != 0.0]
+        return [(weight, _program(self.problem, name, [x, y, *beside]), beside) for weight, name, beside in terms]
+
     def linearise(self, x: Tensor, y: Tensor, wrt: str = "xy") -> Linearisation:
         """The gradient of h at (x, y), recorded for products."""
         return Linearisation(self, x, y, wrt)
@@ -166,8 +193,8 @@ class Linearisation:
         self.objective, self.x, self.y, self.wrt = objective, x.detach(), y.detach(), wrt
         objective._count("gradients")
         self._graph: Recorded | None = None
-        if objective.is_chain(self.x, self.y):
-            self._graph = graph = Phi(objective, self.x, self.y, wrt)
+        if objective.is_single:
+            self._graph = graph = objective.record(self.x, self.y, wrt, compiled=objective.is_compiled)
             self.value, self.gx, self.gy = graph.value, graph.gx, graph.gy
             return
         value, gx, gy = 0.0, None, None
@@ -176,15 +203,13 @@ class Linearisation:
             value = value + graph.value
             gx = _plus(gx, graph.gx)
             gy = _plus(gy, graph.gy)
-            if objective.is_single:
-                self._graph = graph
-        self.value = value
-        self.gx, self.gy = gx, gy
+        self.value, self.gx, self.gy = value, gx, gy
 
     @property
     def phi(self) -> Phi:
         """The recorded ``Phi``, or one made now for a function that is not evaluated by it."""
-        return self._graph if isinstance(self._graph, Phi) else Phi(self.objective, self.x, self.y, self.wrt)
+        graph = self._graph.plain if self._graph is not None else None
+        return graph if isinstance(graph, Phi) else Phi(self.objective, self.x, self.y, self.wrt)
 
     @property
     def recorded_node(self) -> Node | None:
@@ -233,3 +258,24 @@ class Linearisation:
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _program(problem: BilevelProblem, term: str, inputs: list[Tensor]) -> Program:
+    """f ('f'), g ('g') or <g_y, v> ('t', with v before the data) of the problem, compiled for data of these shapes."""
+    key = term, problem.signature()
+    if key not in problem.seen.programs:
+        words = {"f": problem.words["upper"], "g": problem.words["lower"], "t": f"{problem.words['lower']}'s gradient"}
+
+        def objective(problem: BilevelProblem, v: list[Tensor]) -> Objective:
+            tangent = v[0] if term == "t" else None
+            return Objective(problem, upper=float(term == "f"), lower=float(term == "g"), tangent=tangent, counts=OracleCounts())
+
+        def record(x: Tensor, y: Tensor, *rest: Tensor) -> Recorded:
+            beside = len(rest) - len(problem.tensors())
+            return objective(problem.to_trace(rest[beside:]), rest[:beside]).record(x, y, compiled=False)
+
+        h = objective(problem, inputs[2:])
+        for call in h.calls(*inputs[:2]) if h.is_chain(*inputs[:2]) else []:
+            call.settle()  # what is found out by looking at values, before it is traced
+        problem.seen.programs[key] = Program(record, inputs, USUAL[term], words[term])
+    return problem.seen.programs[key]

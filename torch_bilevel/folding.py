@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
     oneDNN where MKL is held back (``mkl_is_held_back``) and the product is worth it; else MKL, thin products turned over.
     """
+    if _opaque.get() and a.device.type == "cpu":
+        return torch.ops.torch_bilevel.multiply(a, b)
     if is_for_onednn(a, b):
         by_rows = a.stride(1) == 1 or (b.stride(0) != 1 and a.numel() <= b.numel())  # else a copy, at least of the smaller
         by_rows = by_rows and not (b.stride(0) == 1 and is_thin(b.mT, a.mT))
@@ -72,6 +76,31 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     if is_thin(a, b):
         return turn_over(a, b)
     return fill_up(a, b) if is_thin(b.mT, a.mT) else a @ b
+
+
+@contextmanager
+def opaque_products() -> Iterator[None]:
+    """Under it, ``multiply`` is one operation to whoever traces it, and does at run time what it does."""
+    token = _opaque.set(True)
+    try:
+        yield
+    finally:
+        _opaque.reset(token)
+
+
+_opaque: ContextVar[bool] = ContextVar("opaque_products", default=False)
+_library = torch.library.Library("torch_bilevel", "DEF")
+_library.define("multiply(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,))
+_library.impl("multiply", lambda a, b: _at_run_time(a, b), "CompositeExplicitAutograd")
+_library.impl("multiply", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+
+
+def _at_run_time(a: Tensor, b: Tensor) -> Tensor:
+    token = _opaque.set(False)
+    try:
+        return multiply(a, b)
+    finally:
+        _opaque.reset(token)
 
 
 def is_for_onednn(a: Tensor, b: Tensor) -> bool:

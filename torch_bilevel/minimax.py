@@ -26,7 +26,7 @@ class MinimaxProblem(BilevelProblem):
         loss: ``loss(min_player, max_player, batch) -> scalar tensor``, the f that one minimises and the other
             maximises.
         batch: a tree of tensors or a re-iterable loader, as for BilevelProblem; ``()`` for a loss that needs no data.
-        reduction, seed, check: see BilevelProblem.
+        reduction, seed, check, compile: see BilevelProblem.
 
     Raises: as BilevelProblem.
 
@@ -58,6 +58,7 @@ class MinimaxProblem(BilevelProblem):
         reduction: str = "mean",
         seed: int | None = None,
         check: bool = True,
+        compile: bool = False,
     ):
         if not callable(loss):
             raise ProblemError(f"loss: expected loss(min_player, max_player, batch) -> scalar, got {loss!r}")
@@ -70,17 +71,19 @@ class MinimaxProblem(BilevelProblem):
         def g(learner: Any, hyper: Any, batch: Any) -> Tensor:
             return -f(learner, hyper, batch)
 
-        super().__init__(learner, min_player, g, f, batch, batch, reduction=reduction, seed=seed, check=check)
+        super().__init__(learner, min_player, g, f, batch, batch, reduction=reduction, seed=seed, check=check,
+                         compile=compile)  # fmt: skip
         self._batches["upper"] = self._batches["lower"]
 
     @classmethod
     def from_functions(  # type: ignore[override]
-        cls, f: Callable[[Tensor, Tensor], Tensor], x0: Tensor, y0: Tensor, *, seed: int | None = None, check: bool = True
-    ) -> MinimaxProblem:
+        cls, f: Callable[[Tensor, Tensor], Tensor], x0: Tensor, y0: Tensor, *, seed: int | None = None, check: bool = True,
+        compile: bool = False,
+    ) -> MinimaxProblem:  # fmt: skip
         """The problem of a plain function f(x, y) of flat tensors x (dx,), minimised, and y (dy,), maximised."""
         if not callable(f):
             raise ProblemError(f"f: expected a function of (x, y), got {f!r}")
-        self = super().from_functions(f, lambda x, y: -f(x, y), x0, y0, seed=seed, check=check)
+        self = super().from_functions(f, lambda x, y: -f(x, y), x0, y0, seed=seed, check=check, compile=compile)
         self.min_player = self.max_player = None
         return self
 

@@ -192,7 +192,7 @@ class BilevelOptimizer(_ProblemOptimizer):
         bounds: (lo, hi) for the hyperparameters. lr: of a first-order method, default its own; the scale of a
             second-order method's steps, default 1.0. Schedulers may change it (``param_groups[0]['lr']``).
         lower_batch, upper_batch: data for a ``step()`` without arguments. seed: of the method's random choices.
-        reduction, problem_seed: see BilevelProblem.
+        reduction, problem_seed, compile: see BilevelProblem.
 
     Raises:
         ConfigError, ProblemError: at construction, for whatever can be seen there.
@@ -216,12 +216,14 @@ class BilevelOptimizer(_ProblemOptimizer):
         upper_batch: Any = None,
         reduction: str = "mean",
         problem_seed: int | None = None,
+        compile: bool = False,
         seed: int = 0,
         **options: Any,
     ):
         problem = BilevelProblem(
-            model, hyper, lower_loss, upper_loss, lower_batch, upper_batch, reduction=reduction, seed=problem_seed
-        )
+            model, hyper, lower_loss, upper_loss, lower_batch, upper_batch, reduction=reduction, seed=problem_seed,
+            compile=compile,
+        )  # fmt: skip
         super().__init__(
             problem, method, options, lower=lower, write_learner=write_learner, bounds=bounds, lr=lr, seed=seed
         )
@@ -284,10 +286,13 @@ class MinimaxOptimizer(_ProblemOptimizer):
         batch: Any = None,
         reduction: str = "mean",
         problem_seed: int | None = None,
+        compile: bool = False,
         seed: int = 0,
         **options: Any,
     ):
-        problem = MinimaxProblem(min_player, max_player, loss, batch, reduction=reduction, seed=problem_seed)
+        problem = MinimaxProblem(
+            min_player, max_player, loss, batch, reduction=reduction, seed=problem_seed, compile=compile
+        )
         super().__init__(
             problem, method, options, lower=lower, write_learner=write_max_player, bounds=bounds, lr=lr, seed=seed
         )

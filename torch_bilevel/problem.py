@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .errors import ProblemError, ShapeError
 from .flat import Layout
+from .functional import Call, math_attention
 from .sparse import samples
 
 if TYPE_CHECKING:
-    from .recorded import LinearCall
+    from .recorded import LinearCall, Program
 
 Piece = tuple[float, Callable[[Tensor, Tensor], Tensor]]
 
@@ -32,15 +31,19 @@ class Seen:
         chains: kind of objective -> whether all that it does with y goes by its calls, but for what is done entry by entry, so
             that it is evaluated by ``Phi``.
         views: shape, strides and offset of a view of y -> which entries it shows, or None where some twice.
+        programs: what is compiled, by term, shapes of data and modes of modules.
+        traced: whether the losses are being traced, so that what they are made of must not be remembered.
     """
 
     calls: dict[str, list[LinearCall]] = field(default_factory=dict)
     chains: dict[str, bool] = field(default_factory=dict)
     views: dict[tuple, Tensor | None] = field(default_factory=dict)
+    programs: dict[tuple, Program] = field(default_factory=dict)
+    traced: bool = False
 
     def without(self, level: str) -> Seen:
         """For other data of one level; what the losses are stays true."""
-        return Seen({name: calls for name, calls in self.calls.items() if name != level}, self.chains, self.views)
+        return replace(self, calls={name: calls for name, calls in self.calls.items() if name != level})
 
 
 class BilevelProblem:
@@ -59,6 +62,9 @@ class BilevelProblem:
             full-batch loss of a loss that averages; 'sum' adds the chunks' losses, for a loss that sums.
         seed: fixes the random numbers of every evaluation (dropout masks), so that the losses are functions.
         check: evaluate both losses at construction and refuse what cannot be right (see ``doctor``).
+        compile: trace the losses, with their gradients and products, and compile them by ``torch.compile``'s compiler: half a
+            minute once for all data of the same shapes, faster from then on (docs/performance.md). What is traced stays as it
+            was, but for tensors and the modes of modules (``.train()``); loaders and blocks of products are not compiled.
 
     Attributes:
         x, y: the current values in the user's tensors, flat copies. ``write`` puts values back.
@@ -105,6 +111,7 @@ class BilevelProblem:
         reduction: str = "mean",
         seed: int | None = None,
         check: bool = True,
+        compile: bool = False,
     ):
         if not isinstance(learner, nn.Module):
             raise ProblemError(f"learner: expected an nn.Module, got {type(learner).__name__}")
@@ -119,8 +126,8 @@ class BilevelProblem:
         _refuse_shared(dict(learner.named_parameters()), self._x_tensors, self.words)
         self._losses = {"lower": lower_loss, "upper": upper_loss}
         self._functions: dict[str, Callable] | None = None
-        self._call = _Call(learner, hyper)
-        self._set_up(reduction, seed)
+        self._call = Call(learner, hyper)
+        self._set_up(reduction, seed, compile)
         self._batches = {"lower": self._place(lower_batch), "upper": self._place(upper_batch)}
         if check:
             from .doctor import check_problem
@@ -137,6 +144,7 @@ class BilevelProblem:
         *,
         seed: int | None = None,
         check: bool = True,
+        compile: bool = False,
     ) -> BilevelProblem:
         """The problem of plain functions f(x, y) (upper) and g(x, y) (lower) of flat tensors x (dx,) and y (dy,).
 
@@ -154,7 +162,7 @@ class BilevelProblem:
         self._x_tensors = {"x": x0.detach().clone()}
         self._y_tensors = {"y": y0.detach().clone()}
         self._functions = {"upper": f, "lower": g}
-        self._set_up("mean", seed)
+        self._set_up("mean", seed, compile)
         self._batches = {"lower": (), "upper": ()}
         if check:
             from .doctor import check_problem
@@ -162,7 +170,7 @@ class BilevelProblem:
             check_problem(self)
         return self
 
-    def _set_up(self, reduction: str, seed: int | None) -> None:
+    def _set_up(self, reduction: str, seed: int | None, compile: bool) -> None:
         self.x_layout = Layout(self._x_tensors, self.words["x"])
         self.y_layout = Layout(self._y_tensors, self.words["y"])
         if (self.x_layout.dtype, self.x_layout.device) != (self.y_layout.dtype, self.y_layout.device):
@@ -172,7 +180,7 @@ class BilevelProblem:
             )
         self.dx, self.dy = self.x_layout.size, self.y_layout.size
         self.dtype, self.device = self.y_layout.dtype, self.y_layout.device
-        self.reduction, self.seed = reduction, seed
+        self.reduction, self.seed, self.compile = reduction, seed, compile
         self._totals: dict[str, int] = {}
         self.seen = Seen()
 
@@ -225,6 +233,24 @@ class BilevelProblem:
         """The batch of 'lower' or 'upper' as it is stored (on the problem's device), or None."""
         return self._batches[level]
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batches in use, where these are no loaders."""
+        return [leaf for leaf in tree_leaves(self._batches) if isinstance(leaf, Tensor)]
+
+    def to_trace(self, tensors: Sequence[Tensor]) -> BilevelProblem:
+        """The same problem with other tensors in its batches, to be evaluated while somebody traces it."""
+        other, rest = copy.copy(self), iter(tensors)
+        other.compile, other.seen = False, replace(self.seen, calls=dict(self.seen.calls), traced=True)
+        other._batches = tree_map(lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf, self._batches)
+        return other
+
+    def signature(self) -> tuple:
+        """What decides whether a trace of the losses still is one: modes of modules, and of the data all but the numbers."""
+        leaves, spec = tree_flatten(self._batches)
+        data = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        modes = () if self._functions is not None else tuple(module.training for module in self._call.pair.modules())
+        return modes, data, str(spec)
+
     def data(self) -> tuple[Any, ...]:
         """The batches in use, as ``at`` takes them."""
         return self._batches["lower"], self._batches["upper"]
@@ -274,7 +300,7 @@ class BilevelProblem:
         function = self._functions[level] if self._functions is not None else None
 
         def call(x: Tensor, y: Tensor) -> Tensor:
-            with _math_attention():
+            with math_attention():
                 if function is not None:
                     value = function(x, y)
                 else:
@@ -295,63 +321,6 @@ class BilevelProblem:
                 return call(x, y)
 
         return seeded
-
-
-class _Call:
-    """Runs a loss on the user's own modules with other tensors in the place of their parameters."""
-
-    def __init__(self, learner: nn.Module, hyper: Any):
-        self.pair = _Pair(learner, hyper if isinstance(hyper, nn.Module) else None)
-        self.hyper_kind = "module" if isinstance(hyper, nn.Module) else "dict" if isinstance(hyper, Mapping) else "tensor"
-        self.has_rnn = any(isinstance(module, nn.RNNBase) for module in self.pair.modules())
-
-    def loss(self, loss: Callable, x: dict[str, Tensor], y: dict[str, Tensor], batch: Any) -> Tensor:
-        tensors = {f"learner.{name}": tensor for name, tensor in y.items()}
-        for name, buffer in self.pair.named_buffers():
-            tensors[name] = buffer.clone()
-        hyper = None
-        if self.hyper_kind == "module":
-            tensors.update({f"hyper.{name}": tensor for name, tensor in x.items()})
-        else:
-            hyper = x if self.hyper_kind == "dict" else x["hyper"]
-        if not self.has_rnn:
-            return functional_call(self.pair, tensors, (loss, hyper, batch))
-        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's RNN has no double backward (pytorch#5261)
-            return functional_call(self.pair, tensors, (loss, hyper, batch))
-
-
-class _Pair(nn.Module):
-    def __init__(self, learner: nn.Module, hyper: nn.Module | None):
-        super().__init__()
-        self.learner, self.hyper = learner, hyper
-        # A plain Module() starts in training mode; the children keep the user's modes.
-
-    def forward(self, loss: Callable, hyper: Any, batch: Any) -> Tensor:
-        return loss(self.learner, self.hyper if hyper is None else hyper, batch)
-
-
-@contextmanager
-def _math_attention() -> Iterator[None]:
-    """Attention by plain operations: the fused kernels have no double backward (pytorch#116350).
-
-    As ``sdpa_kernel(SDPBackend.MATH)``, at a quarter of its 20 us, so that every loss can run under it.
-    """
-    cuda = torch.backends.cuda
-    flash, efficient = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
-    cudnn, math = cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled()
-    try:
-        _allow_attention(False, False, False, True)
-        yield
-    finally:
-        _allow_attention(flash, efficient, cudnn, math)
-
-
-def _allow_attention(flash: bool, efficient: bool, cudnn: bool, math: bool) -> None:
-    cuda = torch.backends.cuda
-    cuda.enable_flash_sdp(flash)
-    cuda.enable_mem_efficient_sdp(efficient)
-    cuda.enable_cudnn_sdp(cudnn)
-    cuda.enable_math_sdp(math)
 
 
 def _hyper_tensors(hyper: Any) -> dict[str, Tensor]:

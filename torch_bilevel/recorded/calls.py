@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,16 @@ class LinearCall:
         ones = 0 if self.bias is None else len(self.X)
         return (torch.linalg.vector_norm(self.X) ** 2 + ones).sqrt()
 
+    def settle(self) -> None:
+        """Find out where its entries lie, which ``on`` takes over."""
+        _ = self.index, self.entries, self.offsets
+
+    def on(self, X: Tensor, shape: torch.Size) -> LinearCall:
+        """The same entries of y with other inputs."""
+        other = replace(self, X=X, shape=shape, source=None, signs=())
+        other.__dict__ |= {name: getattr(self, name) for name in ("index", "entries", "offsets")}
+        return other
+
     @property
     def share(self) -> Tensor:
         """What a number in y is worth in z: rounding of it at B (K, K, n) is rounding of 1 in X' B X."""
@@ -135,7 +145,7 @@ class Watch(TorchFunctionMode):
         self._eager = ExitStack()
         self.y, self.known, self.complete = y, seen.calls.get(level, []), True
         self._notes: list[dict[str, Any]] = []
-        self._views = seen.views
+        self._views, self._traced = seen.views, seen.traced
 
     def __enter__(self) -> Watch:
         if "torch._dynamo" in sys.modules:  # what is compiled cannot be watched; under torch.func it would run uncompiled, too
@@ -166,7 +176,7 @@ class Watch(TorchFunctionMode):
         """What answers in the place of a function, or None: it does itself."""
         if func is torch.nn.functional.linear or func in MATMULS:
             return self._note(func, args, kwargs)
-        if func in FAST:
+        if func in FAST and not self._traced:
             return FAST[func](*args, **kwargs)
         return self._with_bias(*args) if func in ADDS and not kwargs else None
 
@@ -239,6 +249,8 @@ class Watch(TorchFunctionMode):
 
     def _call(self, i: int, note: dict[str, Any]) -> LinearCall:
         signs, shape = tuple(note["signs"]), note["leaf"].shape
+        if self._traced:  # the inputs may be others when what is traced is run
+            return self.known[i].on(note["X"].reshape(-1, note["X"].shape[-1]), shape)
         if i < len(self.known) and self.known[i].signs == signs:
             return self.known[i]
         X = note["X"].reshape(-1, note["X"].shape[-1])

@@ -34,6 +34,11 @@ class Recorded(ABC):
         self._unknowns, self._has_vmap = unknowns, True
         self._columns = BLOCK if large else SMALL_BLOCK
 
+    @property
+    def plain(self) -> Recorded:
+        """The same, not compiled."""
+        return self
+
     def apply(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
         """Hess (u, w) as (x-part, y-part), of which those that ``wrt`` names: (n,) or (n, k); None stands for zero."""
         for letter, v, gradient in (("x", u, self.gx), ("y", w, self.gy)):

@@ -1,0 +1,290 @@
+"""Traced and compiled losses: against the dense reference, on other data, and what they must refuse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_bilevel as tb
+from tests.reference import blocks
+from tests.test_outputs import LOSSES, randn
+from torch_bilevel import derivatives
+from torch_bilevel.counting import OracleCounts
+from torch_bilevel.derivatives import Objective
+from torch_bilevel.errors import ProblemError
+from torch_bilevel.recorded import Compiled, Graph, Phi, calls, trace
+
+D = torch.float64
+N, D_IN, K = 12, 5, 3
+INPUTS = randn(0, N, D_IN)
+
+
+def hidden(x, y):
+    """A hidden layer: not by the outputs of linear calls."""
+    W, V = y[: 4 * D_IN].view(4, D_IN), y[4 * D_IN :].view(K, 4)
+    loss = F.cross_entropy(torch.tanh(INPUTS @ W.T) @ V.T, torch.arange(N) % K, reduction="none")
+    return (x.sigmoid() * loss).mean() + 0.1 * (y * y).sum()
+
+
+def written_to(x, y):
+    """Operations in place, and a part that does not depend on x."""
+    z = (INPUTS @ y).sin()
+    z[:3] *= x[:3] ** 2
+    z[3:].add_(x[3:].sin())
+    return (z * z).sum() + y.cosh().sum()
+
+
+ALL = {**LOSSES, "hidden": (hidden, N, 4 * (D_IN + K), True), "written_to": (written_to, N, D_IN, False)}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Programs are cut, but what they are made of is run as it is: compiling takes seconds."""
+    monkeypatch.setattr(trace, "compiled", lambda module, arguments: module)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Learners of a test's size are worth going by their outputs."""
+    monkeypatch.setattr(calls, "SMALL", 0)
+    monkeypatch.setattr(calls, "PROBES", -100)
+
+
+def upper(x, y):
+    return ((y - 1) ** 2).cosh().sum() + (x * x).sum() / 10
+
+
+def problem(g, dx, dy):
+    return tb.BilevelProblem.from_functions(upper, g, randn(1, dx) / 2, randn(2, dy) / 4, check=False, compile=True)
+
+
+def objective(p, **terms):
+    return Objective(p, counts=OracleCounts(), **terms)
+
+
+def close(found, true):
+    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
+
+
+def check(h, function):
+    """Values, gradients and products of h against the dense derivatives of a function."""
+    x, y = h.problem.x, h.problem.y
+    xx, xy, yx, yy = blocks(function, x, y)
+    gx, gy = torch.func.grad(function, argnums=(0, 1))(x, y)
+    at = h.linearise(x, y)
+    assert isinstance(at._graph, Compiled)
+    for value, on_x, on_y in (h.gradient(x, y), (at.value, at.gx, at.gy)):
+        close(value, function(x, y))
+        close(on_x, gx)
+        close(on_y, gy)
+    assert h.gradient(x, y, "x")[2] is None
+    close(h.gradient(x, y, "y")[2], gy)
+    close(h.linearise(x, y, "y").yy(gy), yy @ gy)
+    for columns in ((), (5,)):
+        u, w = randn(5, len(x), *columns), randn(6, len(y), *columns)
+        close(at.yy(w), yy @ w)
+        close(at.xy(w), xy @ w)
+        close(at.yx(u), yx @ u)
+        close(at.xx(u), xx @ u)
+        close(at.x_part(u, w), xx @ u + xy @ w)
+        for found, true in zip(at.joint(u, w), (xx @ u + xy @ w, yx @ u + yy @ w)):
+            close(found, true)
+        for found, true in zip(at.joint(None, w), (xy @ w, yy @ w)):
+            close(found, true)
+    return at
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_programs_give_the_gradients_and_products_of_the_reference(name, small, uncompiled, monkeypatch):
+    g, dx, dy, _ = ALL[name]
+    kinds = [(given, wanted) for given in ("x", "y", "xy") for wanted in ("x", "y", "xy")]
+    monkeypatch.setattr(derivatives, "USUAL", dict.fromkeys("fgt", kinds))  # else traced one after the other
+    p = problem(g, dx, dy)
+    at = check(objective(p, lower=1.0), g)
+    assert isinstance(at._graph.plain, Graph if name == "hidden" else Phi)
+    v = randn(7, dy)
+
+    def lagrangian(x, y):
+        return 2 * upper(x, y) - 3 * torch.dot(torch.func.grad(g, argnums=1)(x, y), v)
+
+    check(objective(p, upper=2.0, tangent=v, tangent_weight=-3.0), lagrangian)
+    check(objective(p, upper=1.0, lower=5.0), lambda x, y: upper(x, y) + 5 * g(x, y))
+    other = objective(p, upper=1.0, tangent=2 * v)  # another v, another point: the same programs
+    close(other.gradient(p.x + 1, p.y)[1], torch.func.grad(lambda x, y: upper(x, y) + 2 * torch.dot(
+        torch.func.grad(g, argnums=1)(x, y), v))(p.x + 1, p.y))  # fmt: skip
+    assert len(p.seen.programs) == 3
+
+
+def test_a_product_nobody_expected_is_traced_when_it_is_asked_for(uncompiled):
+    p = problem(hidden, N, 4 * (D_IN + K))
+    xx, xy, _, yy = blocks(hidden, p.x, p.y)
+    h, u, w = objective(p, lower=1.0), randn(5, p.dx), randn(6, p.dy)
+    one, other = h.linearise(p.x, p.y), h.linearise(p.x, p.y)
+    close(one.yy(w), yy @ w)
+    close(one.x_part(u, w), xx @ u + xy @ w)
+    close(one.yy(w), yy @ w)
+    close(other.yy(w), yy @ w)  # as it was begun, before
+
+
+@pytest.mark.parametrize("name", ["linear_layer", "hidden"])
+def test_compiled_programs_give_the_same(name, small):
+    g, dx, dy, _ = ALL[name]
+    p = problem(g, dx, dy)
+    x, y, w = p.x, p.y, randn(6, dy)
+    at = objective(p, lower=1.0).linearise(x, y)
+    xx, xy, yx, yy = blocks(g, x, y)
+    gx, gy = torch.func.grad(g, argnums=(0, 1))(x, y)
+    for found, true in ((at.value, g(x, y)), (at.gx, gx), (at.gy, gy), (at.yy(w), yy @ w), (at.yy(3 * w), 3 * yy @ w)):
+        close(found, true)
+    close(at.xy(w), xy @ w)
+
+
+class Weighted:
+    """A loss of a module, a batch and a tensor from elsewhere."""
+
+    def __init__(self, compile, learner=None):
+        self.scale = torch.tensor([1.0, 2.0], dtype=D)
+        self.learner = nn.Linear(D_IN, K, dtype=D) if learner is None else learner
+        X, t = randn(0, N, D_IN), torch.arange(N) % K
+        self.problem = tb.BilevelProblem(
+            self.learner, {"w": randn(1, N)}, self.lower, self.upper, {"X": X, "t": t, "power": 2}, (X[:6] + 0.5, t[:6]),
+            compile=compile,
+        )  # fmt: skip
+
+    def lower(self, learner, hyper, batch):
+        loss = F.cross_entropy(learner(batch["X"]), batch["t"], reduction="none")
+        decay = sum((p ** batch["power"]).sum() for p in learner.parameters())
+        return (hyper["w"].sigmoid() * loss).mean() * self.scale[1] + 0.05 * decay
+
+    def upper(self, learner, hyper, batch):
+        return F.cross_entropy(learner(batch[0]), batch[1])
+
+
+def both(learner=None):
+    torch.manual_seed(0)
+    learner = nn.Linear(D_IN, K, dtype=D) if learner is None else learner
+    return Weighted(False, copy.deepcopy(learner)), Weighted(True, learner)
+
+
+def same(a, b, lower=1.0):
+    w = randn(3, a.dy)
+    for p, q in zip(*(  # value, gradients and a product
+        (*h.gradient(a.x, a.y), h.linearise(a.x, a.y).yy(w)) for h in (objective(p, lower=lower, upper=1.0) for p in (a, b))
+    )):  # fmt: skip
+        close(q, p)
+
+
+def test_other_data_of_the_same_shapes_are_served_by_the_same_programs(small, uncompiled):
+    plain, compiled = both()
+    same(plain.problem, compiled.problem)
+    made = dict(compiled.problem.seen.programs)
+    X, t = randn(5, N, D_IN), (torch.arange(N) + 1) % K
+    for batches in ([{"X": X, "t": t, "power": 2}], [{"X": X, "t": t, "power": 2}, (X[:6], t[:6])]):
+        same(plain.problem.at(*batches), compiled.problem.at(*batches))
+        assert compiled.problem.seen.programs == made
+    same(plain.problem, compiled.problem)
+    for batch in ({"X": X, "t": t, "power": 4}, {"X": X[:7], "t": t[:7], "power": 2}):  # another number, another shape
+        if len(batch["X"]) == N:
+            same(plain.problem.at(batch), compiled.problem.at(batch))
+            assert len(compiled.problem.seen.programs) > len(made)
+    one = (X[:6], t[:6])
+    first = [p.at({"X": one[0].repeat(2, 1), "t": one[1].repeat(2), "power": 2}, one) for p in (plain.problem, compiled.problem)]
+    same(*first)
+    same(*(p.at(None, (X[6:], t[6:])) for p in first))  # upper data that were the lower ones' as well
+
+
+def test_tensors_from_elsewhere_are_read_anew():
+    """Even small ones, which a compiler would put into its code."""
+    plain, compiled = both()
+    same(plain.problem, compiled.problem)
+    for weighted in (plain, compiled):
+        weighted.scale.mul_(3)
+    same(plain.problem, compiled.problem)
+
+
+def test_modes_of_modules_are_followed(uncompiled):
+    learner = nn.Sequential(nn.Linear(D_IN, 4, dtype=D), nn.BatchNorm1d(4, dtype=D), nn.Tanh(), nn.Linear(4, K, dtype=D))
+    learner[1].running_mean.copy_(randn(9, 4))
+    plain, compiled = both(learner=learner)
+    values = []
+    for mode in (True, False, True):
+        for weighted in (plain, compiled):
+            weighted.learner.train(mode)
+        same(plain.problem, compiled.problem)
+        values.append(objective(compiled.problem, lower=1.0).value(plain.problem.x, plain.problem.y))
+    assert values[0] == values[2] != values[1]
+    for weighted in (plain, compiled):
+        weighted.learner[1].running_mean.add_(1)  # a buffer, changed in place
+        weighted.learner.eval()
+    same(plain.problem, compiled.problem)
+
+
+def test_a_loader_is_not_compiled():
+    p = both()[1].problem
+    chunks = [{"X": randn(i, N, D_IN), "t": torch.arange(N) % K, "power": 2} for i in range(2)]
+
+    class Loader:
+        def __iter__(self):
+            return iter(chunks)
+
+    by_chunks = objective(p.at(Loader()), lower=1.0)
+    one_by_one = [objective(p.at(chunk), lower=1.0) for chunk in chunks]
+    for h in one_by_one:
+        h.problem.compile = False
+    assert not by_chunks.is_compiled
+    close(by_chunks.gradient(p.x, p.y)[2], sum(h.gradient(p.x, p.y)[2] for h in one_by_one) / 2)
+
+
+def by_value(x, y):
+    return (y * y).sum() * (2 if x.sum() > 0 else 1)
+
+
+def at_random(x, y):
+    return (y * y * torch.rand_like(y).add(1)).sum() + (x * y[0]).sum()
+
+
+@pytest.mark.parametrize(("g", "words"), [(by_value, "cannot be traced.*compile=False"), (at_random, "random numbers.*False")])
+def test_what_cannot_be_traced_is_refused(g, words, uncompiled):
+    p = problem(g, 3, 4)
+    with pytest.raises(ProblemError, match=words):
+        objective(p, lower=1.0).gradient(p.x, p.y)
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch):
+    def fails(module, arguments):
+        raise RuntimeError("no C++ compiler was found\nand much more")
+
+    monkeypatch.setattr(trace, "compiled", fails)
+    p = problem(hidden, N, 4 * (D_IN + K))
+    with pytest.raises(ProblemError, match="cannot be compiled .RuntimeError: no C.. compiler was found"):
+        objective(p, lower=1.0).gradient(p.x, p.y)
+
+
+@pytest.mark.parametrize("method", ["auto", "dlcrn", "lfsba", "slcrn", "f2ba", "itd"])
+def test_a_method_takes_the_same_steps(method, small, uncompiled):
+    results = [tb.minimize(weighted.problem, method=method, max_steps=4, progress=False) for weighted in both()]
+    torch.testing.assert_close(results[1].x, results[0].x, rtol=1e-6, atol=1e-8)
+    assert results[1].counts == results[0].counts
+
+
+def test_the_optimizer_hands_it_on(uncompiled):
+    learner = nn.Linear(D_IN, K, dtype=D)
+    w, X, t = {"w": torch.zeros(N, dtype=D)}, randn(0, N, D_IN), torch.arange(N) % K
+    weighted = Weighted(False)
+    opt = tb.BilevelOptimizer(learner, w, lower_loss=weighted.lower, upper_loss=weighted.upper, method="dlcrn", compile=True)
+    for seed in range(2):
+        report = opt.step({"X": X + seed, "t": t, "power": 2}, (X[:6], t[:6]))
+    assert report.step_norm > 0
+    assert len(opt.problem.seen.programs) >= 2
+
+    def loss(player, attack, batch):
+        return ((batch[0] @ player + attack).square()).mean() - attack.square().sum()
+
+    player = torch.ones(D_IN, dtype=D)
+    opt = tb.MinimaxOptimizer(player, torch.zeros(N, dtype=D), loss, method="lmcn", compile=True)
+    assert opt.step((X,)).step_norm > 0
+    assert opt.problem.seen.programs
