@@ -16,6 +16,7 @@ from torch_bilevel import derivatives
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.errors import ProblemError
+from torch_bilevel.outputs import OutputHessian
 from torch_bilevel.recorded import Compiled, Graph, Phi, calls, trace
 
 D = torch.float64
@@ -105,6 +106,7 @@ def test_programs_give_the_gradients_and_products_of_the_reference(name, small, 
     monkeypatch.setattr(derivatives, "USUAL", dict.fromkeys("fgt", kinds))  # else traced one after the other
     p = problem(g, dx, dy)
     at = check(objective(p, lower=1.0), g)
+    assert (at._graph.by_outputs is None) == (name == "hidden")
     assert isinstance(at._graph.plain, Graph if name == "hidden" else Phi)
     v = randn(7, dy)
 
@@ -117,6 +119,31 @@ def test_programs_give_the_gradients_and_products_of_the_reference(name, small, 
     close(other.gradient(p.x + 1, p.y)[1], torch.func.grad(lambda x, y: upper(x, y) + 2 * torch.dot(
         torch.func.grad(g, argnums=1)(x, y), v))(p.x + 1, p.y))  # fmt: skip
     assert len(p.seen.programs) == 3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_outputs_hessian_is_found_by_programs(name, small, uncompiled, monkeypatch):
+    """Of g alone, of L, and of a sum in which two terms see the same outputs; nothing is recorded beside the programs."""
+    g, dx, dy, own = LOSSES[name]
+    p, v = problem(g, dx, dy), randn(7, dy)
+    monkeypatch.setattr(Compiled, "plain", property(lambda self: pytest.fail("recorded")))
+    for terms in ({"lower": 1.0}, {"upper": 1.0, "tangent": v, "tangent_weight": -2.0}, {"lower": 2.0, "tangent": v}):
+        if "upper" in terms:
+            p._functions["upper"] = lambda x, y: g(x + 1, y)
+
+        def h(x, y, terms=terms):
+            total = terms.get("lower", 0) * g(x, y) + terms.get("upper", 0) * g(x + 1, y)
+            if "tangent" in terms:
+                total = total + terms.get("tangent_weight", 1) * torch.dot(torch.func.grad(g, argnums=1)(x, y), v)
+            return total
+
+        at = objective(p, **terms).linearise(p.x, p.y)
+        outputs = OutputHessian.of(at)
+        xx, xy, yx, yy = blocks(h, p.x, p.y)
+        close(outputs.dense_yy(), yy)
+        if own and name != "two_tasks" and "upper" not in terms:
+            close(outputs.dense_yx(), yx)
+        close(outputs.xx, xx.diagonal())
 
 
 def test_a_product_nobody_expected_is_traced_when_it_is_asked_for(uncompiled):

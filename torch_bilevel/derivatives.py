@@ -18,7 +18,7 @@ from torch.func import grad_and_value
 from .counting import OracleCounts, columns_of
 from .folding import fast_products
 from .problem import BilevelProblem
-from .recorded import Compiled, Graph, LinearCall, Phi, Program, Recorded, calls, gradient, look, worth_it
+from .recorded import Compiled, Graph, LinearCall, Phi, Program, Recorded, Term, calls, gradient, look, worth_it
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -160,14 +160,20 @@ class Objective:
             return Phi(self, x, y, wrt)
         return Graph(next(iter(self.functions())), x, y, wrt)
 
-    def _terms(self, x: Tensor, y: Tensor) -> list[tuple[float, Program, list[Tensor]]]:
-        """(weight, program, what it is given beside x and y) for f, g and <g_y, v>: one program serves every objective."""
-        data = self.problem.tensors()
+    def _terms(self, x: Tensor, y: Tensor) -> list[Term]:
+        """f, g and <g_y, v>, each with its program, which serves every objective."""
+        problem, data = self.problem, self.problem.tensors()
         given = [(self.upper, "f", []), (self.lower, "g", [])]
         if self.tangent is not None:
             given.append((self.tangent_weight, "t", [self.tangent.detach()]))
-        terms = [(weight, name, [*beside, *data]) for weight, name, beside in given if weight != 0.0]
-        return [(weight, _program(self.problem, name, [x, y, *beside]), beside) for weight, name, beside in terms]
+        terms = []
+        for weight, name, v in given:
+            if weight != 0.0:
+                program = _program(problem, name, [x, y, *v, *data])
+                level = "upper" if name == "f" else "lower"
+                calls = look(problem, level, x, y) if problem.seen.chains[name] else None
+                terms.append(Term(weight, program, [*v, *data], level, calls))
+        return terms
 
     def linearise(self, x: Tensor, y: Tensor, wrt: str = "xy") -> Linearisation:
         """The gradient of h at (x, y), recorded for products."""
@@ -206,10 +212,10 @@ class Linearisation:
         self.value, self.gx, self.gy = value, gx, gy
 
     @property
-    def phi(self) -> Phi:
-        """The recorded ``Phi``, or one made now for a function that is not evaluated by it."""
-        graph = self._graph.plain if self._graph is not None else None
-        return graph if isinstance(graph, Phi) else Phi(self.objective, self.x, self.y, self.wrt)
+    def phi(self) -> Phi | Compiled:
+        """What is recorded, where it goes by outputs; else a ``Phi`` made now, for a function that is not evaluated by it."""
+        graph = None if self._graph is None else self._graph.by_outputs
+        return Phi(self.objective, self.x, self.y, self.wrt) if graph is None else graph
 
     @property
     def recorded_node(self) -> Node | None:

@@ -95,8 +95,14 @@ def refuse_third_derivatives(at: Linearisation) -> None:
 
     Each time, for .train() and .eval() change it; where nothing shows what was recorded, by another evaluation.
     """
-    node = at.recorded_node
-    found = _third(at.objective.problem) if node is None else _nodes_in(node, NO_THIRD)
+    node, problem = at.recorded_node, at.objective.problem
+    if node is not None:
+        found = _nodes_in(node, NO_THIRD)
+    elif at.objective.is_compiled:
+        key = problem.signature()
+        found = problem.seen.third[key] = problem.seen.third[key] if key in problem.seen.third else _third(problem)
+    else:
+        found = _third(problem)
     if found:
         raise UnsupportedLayerError(found[0][1])
 

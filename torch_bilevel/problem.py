@@ -31,7 +31,8 @@ class Seen:
         chains: kind of objective -> whether all that it does with y goes by its calls, but for what is done entry by entry, so
             that it is evaluated by ``Phi``.
         views: shape, strides and offset of a view of y -> which entries it shows, or None where some twice.
-        programs: what is compiled, by term, shapes of data and modes of modules.
+        programs: what is compiled, by term and ``signature``. third: of a lower loss with such a signature that is compiled, its
+            layers without correct third derivatives.
         traced: whether the losses are being traced, so that what they are made of must not be remembered.
     """
 
@@ -39,6 +40,7 @@ class Seen:
     chains: dict[str, bool] = field(default_factory=dict)
     views: dict[tuple, Tensor | None] = field(default_factory=dict)
     programs: dict[tuple, Program] = field(default_factory=dict)
+    third: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
     traced: bool = False
 
     def without(self, level: str) -> Seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class Recorded(ABC):
     def plain(self) -> Recorded:
         """The same, not compiled."""
         return self
+
+    @property
+    def by_outputs(self) -> Any:
+        """Itself, where it has leaves in the place of the outputs of linear calls, and ``second``; else None."""
+        return None
 
     def apply(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
         """Hess (u, w) as (x-part, y-part), of which those that ``wrt`` names: (n,) or (n, k); None stands for zero."""

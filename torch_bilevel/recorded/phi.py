@@ -46,6 +46,10 @@ class Phi(Recorded):
         self.gx = self._part(self._gradients[self.x], self.x) if "x" in wrt else None
         self.gy = self._pulled([self._gradients[leaf] for leaf in self.leaves["y"]]) if "y" in wrt else None
 
+    @property
+    def by_outputs(self) -> Phi:
+        return self
+
     def _value(self, h: Objective) -> Tensor:
         """phi = a f + b g + b' <g_y, v>, where <g_y, v> = <phi_y, v> + <phi_z, A v> with the phi of g."""
         seen, values, found, self.complete = h.problem.seen, {}, {}, True

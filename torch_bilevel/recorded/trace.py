@@ -16,8 +16,9 @@ from ..errors import BilevelError, ProblemError
 from ..folding import opaque_products
 from .graph import Recorded
 
-#: which directions a product is given, and which parts of it are wanted: ("y", "y") is h_yy w, ("xy", "xy") all of it
-Kind = tuple[str, str]
+#: a kind of product: the names of what has a direction, and of the parts that are wanted, of x and y: (("y",), ("y",), None) is
+#: h_yy w; or also of z0, z1 ..., the outputs of the linear calls of a ``Phi``, with the number of directions in a stack
+Kind = tuple[tuple[str, ...], tuple[str, ...], "int | None"]
 
 #: made again where they are needed, for nothing is computed
 VIEWS = frozenset((
@@ -30,7 +31,7 @@ class Trace:
 
     Args:
         record: (x, y, *data) -> what a point of h is recorded as. inputs: x, y, data: an example; shapes must stay.
-        kinds: of products. what: how messages name h.
+        kinds: of products, with an example of their directions. what: how messages name h.
 
     Tensors that the loss takes from elsewhere are read anew at every run; what is not a tensor is as it was here.
 
@@ -39,31 +40,33 @@ class Trace:
             compiled on this machine.
     """
 
-    def __init__(self, record: Callable[..., Recorded], inputs: list[Tensor], kinds: Iterable[Kind], what: str):
+    def __init__(self, record: Callable[..., Recorded], inputs: list[Tensor], kinds: dict[Kind, list[Tensor]], what: str):
         from torch.fx.experimental.proxy_tensor import make_fx  # a second, for those who want it
 
         self.kinds, self.what = tuple(kinds), what
-        x, y, *data = (t.detach() for t in inputs)
-        labels: list[str | Kind] = []
+        labels: list[object] = []
+        given = [v.detach() for directions in kinds.values() for v in directions]  # each a tensor of its own
 
-        def everything(x: Tensor, y: Tensor, u: Tensor, w: Tensor, *data: Tensor) -> list[Tensor]:
-            at = record(x, y, *data)
-            found = [("h", at.value), ("x", at.gx), ("y", at.gy)]
-            for given, wanted in self.kinds:
-                parts = at.apply(u if "x" in given else None, w if "y" in given else None, wanted)
-                found += [((given, letter), parts["xy".index(letter)]) for letter in wanted]
-            labels[:] = [label for label, _ in found]
-            return [value for _, value in found]
+        def everything(*arguments: Tensor) -> list[Tensor]:
+            rest = iter(arguments)
+            directions = {kind: [next(rest) for _ in examples] for kind, examples in kinds.items()}
+            at = record(*rest)
+            found = {"h": at.value, "x": at.gx, "y": at.gy}
+            for kind in kinds:
+                found |= {(kind, name): part for name, part in zip(kind[1], _product(at, kind, directions[kind]))}
+            labels[:] = [label for label, value in found.items() if value is not None]
+            return [found[label] for label in labels]
 
         with self._explained("traced"), opaque_products(), torch.compiler.set_stance("force_eager"):
-            arguments = [x, y, torch.ones_like(x), torch.ones_like(y), *data]
+            arguments = [*given, *(t.detach() for t in inputs)]
             whole, self.constants = _lifted(make_fx(everything)(*arguments))
             self._whole = make_fx(torch.func.functionalize(whole))(*arguments, *self.constants)
         places = [node for node in self._whole.graph.nodes if node.op == "placeholder"]
-        self._directions = dict(zip("xy", places[2:4]))
-        self._sources = places[:2] + places[4:]
+        rest = iter(places)
+        self._directions = {kind: [next(rest) for _ in examples] for kind, examples in kinds.items()}
+        self._sources = list(rest)
         self._outputs = dict(zip(labels, self._whole.graph.output_node().args[0]))
-        self._free = self._independent()
+        self._free = self._independent(places[: len(given)])
         self._needed = {kind: self._taken(self._of(kind)) for kind in self.kinds}
         self._kept = list(dict.fromkeys(n for nodes in self._needed.values() for n in nodes if n.op != "placeholder"))
         self._compiled: dict[object, Callable] = {}
@@ -79,15 +82,15 @@ class Trace:
         found = self._run(("begin", *wrt), self._sources, outputs + self._kept, arguments)
         return found[: len(outputs)], dict(zip(self._sources, arguments)) | dict(zip(self._kept, found[len(outputs) :]))
 
-    def product(self, kind: Kind, point: dict[fx.Node, Tensor], directions: list[Tensor]) -> list[Tensor]:
-        """Hess h times the directions, letter by letter of ``kind``, at a point where it began."""
+    def product(self, kind: Kind, point: dict[fx.Node, Tensor], directions: list[Tensor]) -> list[Tensor | None]:
+        """Hess h times the directions of this kind, part by part, at a point where it began; None stands for zero."""
         needed = self._needed[kind]
-        inputs = needed + [self._directions[letter] for letter in kind[0]]
-        return self._run(kind, inputs, self._of(kind), [*(point[node] for node in needed), *directions])
+        arguments = [*(point[node] for node in needed), *directions]
+        found = iter(self._run(kind, needed + self._directions[kind], self._of(kind), arguments))
+        return [next(found) if (kind, name) in self._outputs else None for name in kind[1]]
 
     def _of(self, kind: Kind) -> list[fx.Node]:
-        given, wanted = kind
-        return [self._outputs[given, letter] for letter in wanted]
+        return [self._outputs[kind, name] for name in kind[1] if (kind, name) in self._outputs]
 
     def _run(self, key: object, inputs: list[fx.Node], outputs: list[fx.Node], arguments: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -96,11 +99,11 @@ class Trace:
                     self._compiled[key] = compiled(self._module(inputs, outputs), arguments)
             return list(self._compiled[key](*arguments))
 
-    def _independent(self) -> set[fx.Node]:
+    def _independent(self, directions: list[fx.Node]) -> set[fx.Node]:
         """The nodes that no direction reaches."""
         free: set[fx.Node] = set()
         for node in self._whole.graph.nodes:
-            if node not in self._directions.values() and all(parent in free for parent in node.all_input_nodes):
+            if node not in directions and all(parent in free for parent in node.all_input_nodes):
                 free.add(node)
                 if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                     raise ProblemError(f"compile: {self.what} draws random numbers ({node.target}); pass compile=False")
@@ -116,7 +119,7 @@ class Trace:
             seen.add(node)
             if node in self._free and not _is_view(node):
                 found.append(node)
-            elif node not in self._directions.values():
+            else:
                 stack.extend(node.all_input_nodes)
         return found
 
@@ -148,6 +151,16 @@ class Trace:
                 f"compile: {self.what} cannot be {what} ({type(error).__name__}: {text}); take decisions of Python that depend on"
                 " values of tensors out of it, or pass compile=False"
             ) from error
+
+
+def _product(at: Recorded, kind: Kind, directions: list[Tensor]) -> list[Tensor | None]:
+    given, wanted, columns = kind
+    along = dict(zip(given, directions))
+    if columns is None:
+        parts = dict(zip("xy", at.apply(along.get("x"), along.get("y"), "".join(wanted))))
+        return [parts[name] for name in wanted]
+    leaves = {"x": at.x, "y": at.y} | {f"z{i}": z for i, z in enumerate(at.zs)}
+    return at.second({leaves[name]: v for name, v in along.items()}, [leaves[name] for name in wanted], batched=True)
 
 
 def compiled(module: fx.GraphModule, arguments: list[Tensor]) -> Callable[..., Iterable[Tensor]]:
