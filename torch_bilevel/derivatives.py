@@ -18,12 +18,12 @@ from torch.func import grad_and_value
 from .counting import OracleCounts, columns_of
 from .folding import fast_products
 from .problem import BilevelProblem
-from .recorded import Compiled, Graph, LinearCall, Phi, Program, Recorded, Term, calls, gradient, look, worth_it
+from .recorded import Compiled, Graph, LinearCall, Phi, Program, Recorded, calls, look, worth_it
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
-#: products of f, of g and of <g_y, v> that methods ask for: compiled where they are, traced at once
-USUAL = {"f": [("xy", "xy")], "g": [("y", "y"), ("y", "x"), ("x", "y")], "t": [("xy", "xy")]}
+#: products of g, and of other objectives, that methods ask for: traced at once, compiled where they are asked for
+USUAL, OTHERS = {"g": [("y", "y"), ("y", "x"), ("x", "y")]}, [("y", "y"), ("xy", "xy")]
 
 
 def load_torch_func() -> None:
@@ -40,6 +40,9 @@ class Objective:
         upper, lower: the coefficients a and b.
         tangent: v (dy,), held constant, or None; with it h has the term ``tangent_weight`` * <g_y(x, y), v>.
         counts: where the calls are counted.
+
+    Attributes:
+        kind: which terms it has, letters of 'f', 'g' and 't' (the one with the tangent). uses: which levels.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class Objective:
         self.problem, self.counts = problem, counts
         self.upper, self.lower = upper, lower
         self.tangent, self.tangent_weight = tangent, tangent_weight
-        self.uses = {"upper": upper != 0.0, "lower": lower != 0.0 or tangent is not None}
+        terms = (upper != 0.0, lower != 0.0, tangent is not None)
+        self.kind = "".join(letter for letter, has in zip("fgt", terms) if has)
+        self.uses = {"upper": terms[0], "lower": terms[1] or terms[2]}
 
     def functions(self) -> Iterable[Function]:
         """Functions of (x, y) that add up to h: one when the data is one batch, else one per chunk."""
@@ -76,18 +81,14 @@ class Objective:
         if self.tangent is None:
             return lambda x, y: (self.lower * weight) * piece(x, y)
 
+        kind = self.kind
+
         def with_tangent(x: Tensor, y: Tensor) -> Tensor:
             gradient, value = grad_and_value(piece, argnums=1)(x, y)
             term = (self.tangent_weight * weight) * torch.dot(gradient, self.tangent)
-            return term + (self.lower * weight) * value if self.lower else term
+            return term + (self.lower * weight) * value if "g" in kind else term
 
         return with_tangent
-
-    @property
-    def kind(self) -> str:
-        """Which terms it has: letters of 'f', 'g' and 't' (the one with the tangent)."""
-        terms = (self.upper, self.lower, self.tangent is not None)
-        return "".join(letter for letter, has in zip("fgt", terms) if has)
 
     def _count(self, kind: str, number: int = 1) -> None:
         """One call of each level; <g_y, v> alone is a product when its value or gradient is taken, not a gradient."""
@@ -106,7 +107,8 @@ class Objective:
         """(h, h_x, h_y) without a retained graph; a derivative that ``wrt`` does not name is None."""
         self._count("gradients")
         if self.is_compiled:
-            found = dict(zip(("h", *wrt), gradient(self._terms(x, y), x, y, wrt)))
+            program, inputs = self._program(x, y)
+            found = dict(zip(("h", *wrt), program.traced().gradient(inputs, wrt)))
             return found["h"], found.get("x"), found.get("y")
         if self.is_chain(x, y):
             phi = Phi(self, x, y, wrt, record=False)
@@ -155,25 +157,38 @@ class Objective:
     def record(self, x: Tensor, y: Tensor, wrt: str = "xy", *, compiled: bool) -> Recorded:
         """h at one point, where its data is one batch."""
         if compiled:
-            return Compiled(self._terms(x, y), x, y, wrt, lambda: self.record(x, y, wrt, compiled=False))
+            program, inputs = self._program(x, y)
+            calls = self.calls(x, y) if self.is_chain(x, y) else None
+            return Compiled(program, inputs, wrt, calls, lambda: self.record(x, y, wrt, compiled=False))
         if self.is_chain(x, y):
             return Phi(self, x, y, wrt)
         return Graph(next(iter(self.functions())), x, y, wrt)
 
-    def _terms(self, x: Tensor, y: Tensor) -> list[Term]:
-        """f, g and <g_y, v>, each with its program, which serves every objective."""
-        problem, data = self.problem, self.problem.tensors()
-        given = [(self.upper, "f", []), (self.lower, "g", [])]
-        if self.tangent is not None:
-            given.append((self.tangent_weight, "t", [self.tangent.detach()]))
-        terms = []
-        for weight, name, v in given:
-            if weight != 0.0:
-                program = _program(problem, name, [x, y, *v, *data])
-                level = "upper" if name == "f" else "lower"
-                calls = look(problem, level, x, y) if problem.seen.chains[name] else None
-                terms.append(Term(weight, program, [*v, *data], level, calls))
-        return terms
+    def _program(self, x: Tensor, y: Tensor) -> tuple[Program, list[Tensor]]:
+        """What is compiled for objectives of this kind and data of these shapes, and what it is given here."""
+        problem, names = self.problem, ("upper", "lower", "tangent_weight")
+        weights = torch.tensor([getattr(self, name) for name in names], dtype=x.dtype, device=x.device)
+        tangent = [] if self.tangent is None else [self.tangent.detach()]
+        inputs = [x, y, weights, *tangent, *problem.tensors()]
+        key = self.kind, problem.signature()
+        if key not in problem.seen.programs:
+            kind, beside = self.kind, len(tangent)
+
+            def record(x: Tensor, y: Tensor, weights: Tensor, *rest: Tensor) -> Recorded:
+                h = Objective(
+                    problem.to_trace(rest[beside:]), upper=float("f" in kind), lower=float("g" in kind),
+                    tangent=rest[0] if beside else None, counts=OracleCounts(),
+                )  # fmt: skip
+                for letter, name, weight in zip("fgt", names, weights):
+                    if letter in kind:
+                        setattr(h, name, weight)  # instead of 1
+                return h.record(x, y, compiled=False)
+
+            for call in self.calls(x, y) if self.is_chain(x, y) else []:
+                call.settle()  # what is found out by looking at values, before it is traced
+            what = " and ".join(problem.words[level] for level, is_used in self.uses.items() if is_used)
+            problem.seen.programs[key] = Program(record, inputs, USUAL.get(kind, OTHERS), what)
+        return problem.seen.programs[key], inputs
 
     def linearise(self, x: Tensor, y: Tensor, wrt: str = "xy") -> Linearisation:
         """The gradient of h at (x, y), recorded for products."""
@@ -264,24 +279,3 @@ class Linearisation:
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _program(problem: BilevelProblem, term: str, inputs: list[Tensor]) -> Program:
-    """f ('f'), g ('g') or <g_y, v> ('t', with v before the data) of the problem, compiled for data of these shapes."""
-    key = term, problem.signature()
-    if key not in problem.seen.programs:
-        words = {"f": problem.words["upper"], "g": problem.words["lower"], "t": f"{problem.words['lower']}'s gradient"}
-
-        def objective(problem: BilevelProblem, v: list[Tensor]) -> Objective:
-            tangent = v[0] if term == "t" else None
-            return Objective(problem, upper=float(term == "f"), lower=float(term == "g"), tangent=tangent, counts=OracleCounts())
-
-        def record(x: Tensor, y: Tensor, *rest: Tensor) -> Recorded:
-            beside = len(rest) - len(problem.tensors())
-            return objective(problem.to_trace(rest[beside:]), rest[:beside]).record(x, y, compiled=False)
-
-        h = objective(problem, inputs[2:])
-        for call in h.calls(*inputs[:2]) if h.is_chain(*inputs[:2]) else []:
-            call.settle()  # what is found out by looking at values, before it is traced
-        problem.seen.programs[key] = Program(record, inputs, USUAL[term], words[term])
-    return problem.seen.programs[key]

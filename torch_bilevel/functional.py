@@ -17,7 +17,8 @@ class Call:
     def __init__(self, learner: nn.Module, hyper: Any):
         self.pair = Pair(learner, hyper if isinstance(hyper, nn.Module) else None)
         self.hyper_kind = "module" if isinstance(hyper, nn.Module) else "dict" if isinstance(hyper, Mapping) else "tensor"
-        self.has_rnn = any(isinstance(module, nn.RNNBase) for module in self.pair.modules())
+        self.modules = list(self.pair.modules())
+        self.has_rnn = any(isinstance(module, nn.RNNBase) for module in self.modules)
 
     def loss(self, loss: Callable, x: dict[str, Tensor], y: dict[str, Tensor], batch: Any) -> Tensor:
         tensors = {f"learner.{name}": tensor for name, tensor in y.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import ProblemError, ShapeError
 from .flat import Layout
@@ -19,6 +19,7 @@ from .sparse import samples
 if TYPE_CHECKING:
     from .recorded import LinearCall, Program
 
+_NONE = object()
 Piece = tuple[float, Callable[[Tensor, Tensor], Tensor]]
 
 
@@ -184,6 +185,7 @@ class BilevelProblem:
         self.dtype, self.device = self.y_layout.dtype, self.y_layout.device
         self.reduction, self.seed, self.compile = reduction, seed, compile
         self._totals: dict[str, int] = {}
+        self._flattened: tuple = (_NONE, _NONE), None
         self.seen = Seen()
 
     # -- the user's tensors ---------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ class BilevelProblem:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the batches in use, where these are no loaders."""
-        return [leaf for leaf in tree_leaves(self._batches) if isinstance(leaf, Tensor)]
+        return self._flat()[0]
 
     def to_trace(self, tensors: Sequence[Tensor]) -> BilevelProblem:
         """The same problem with other tensors in its batches, to be evaluated while somebody traces it."""
@@ -248,10 +250,17 @@ class BilevelProblem:
 
     def signature(self) -> tuple:
         """What decides whether a trace of the losses still is one: modes of modules, and of the data all but the numbers."""
-        leaves, spec = tree_flatten(self._batches)
-        data = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-        modes = () if self._functions is not None else tuple(module.training for module in self._call.pair.modules())
-        return modes, data, str(spec)
+        modes = () if self._functions is not None else tuple([module.training for module in self._call.modules])
+        return modes, self._flat()[1]
+
+    def _flat(self) -> tuple[list[Tensor], tuple]:
+        """The tensors of the batches, and all that is not their numbers; flattened once for the same batches."""
+        batches = tuple(self._batches.values())
+        if not all(a is b for a, b in zip(self._flattened[0], batches)):
+            leaves, spec = tree_flatten(self._batches)
+            others = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+            self._flattened = batches, ([leaf for leaf in leaves if isinstance(leaf, Tensor)], (str(spec), others))
+        return self._flattened[1]
 
     def data(self) -> tuple[Any, ...]:
         """The batches in use, as ``at`` takes them."""

@@ -7,8 +7,8 @@ order and by the library that are fastest, and what is done to the outputs. ``Co
 """
 
 from .calls import LinearCall, look, worth_it
-from .compiled import Compiled, Program, Term, gradient
+from .compiled import Compiled, Program
 from .graph import Graph, Recorded
 from .phi import Phi
 
-__all__ = ["Compiled", "Graph", "LinearCall", "Phi", "Program", "Recorded", "Term", "gradient", "look", "worth_it"]
+__all__ = ["Compiled", "Graph", "LinearCall", "Phi", "Program", "Recorded", "look", "worth_it"]

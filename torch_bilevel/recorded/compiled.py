@@ -1,9 +1,8 @@
-"""Compiled: a weighted sum of traced losses at one point."""
+"""Compiled: a traced loss at one point."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,8 +21,7 @@ class Program:
 
     def __init__(self, record: Callable[..., Recorded], inputs: list[Tensor], kinds: list[tuple[str, str]], what: str):
         self._record, self._inputs, self._what = record, inputs, what
-        x, y = inputs[:2]
-        examples = {"x": torch.ones_like(x), "y": torch.ones_like(y)}
+        examples = dict(zip("xy", inputs))
         self._make({(tuple(given), tuple(wanted), None): [examples[name] for name in given] for given, wanted in kinds})
 
     def traced(self, kind: Kind | None = None, directions: list[Tensor] | None = None) -> Trace:
@@ -36,43 +34,28 @@ class Program:
         self._last, self._examples = Trace(self._record, self._inputs, examples, self._what), examples
 
 
-@dataclass
-class Term:
-    """weight * loss(x, y, *beside), of the data of a level.
-
-    Attributes:
-        calls: the linear maps by which the loss goes, where it goes by nothing else; else None.
-    """
-
-    weight: float
-    program: Program
-    beside: list[Tensor]
-    level: str
-    calls: list[LinearCall] | None
-
-
-def gradient(terms: list[Term], x: Tensor, y: Tensor, wrt: str) -> list[Tensor]:
-    """The sum of the terms and its gradients that ``wrt`` names, where no products are wanted."""
-    return _sum([(term.weight, term.program.traced().gradient([x, y, *term.beside], wrt)) for term in terms])
-
-
 class Compiled(Recorded):
-    """A sum of terms at one point, by compiled programs; blocks of directions in y by what is not compiled.
+    """A loss at one point, by compiled programs; blocks of directions in x and y by what is not compiled.
 
     Args:
+        inputs: x, y, and what else the program is given. calls: the linear maps by which the loss goes, if by nothing else.
         plain: records the same without compiling, where that is needed.
 
-    Attributes: as ``Phi`` has them where all terms go by linear calls, but that the z are empty.
+    Attributes: as ``Phi`` has them where there are calls, but that the z are empty.
     """
 
     complete = True
 
-    def __init__(self, terms: list[Term], x: Tensor, y: Tensor, wrt: str, plain: Callable[[], Recorded]):
-        super().__init__(x.numel() + y.numel(), large=False)
-        self.x, self.y, self.wrt, self._plain = x, y, wrt, plain
-        self._terms = [(term, _Point(term.program, [x, y, *term.beside], wrt)) for term in terms]
-        found = dict(zip(("h", *wrt), _sum([(term.weight, point.found) for term, point in self._terms])))
-        self.value, self.gx, self.gy = found["h"], found.get("x"), found.get("y")
+    def __init__(
+        self, program: Program, inputs: list[Tensor], wrt: str, calls: list[LinearCall] | None, plain: Callable[[], Recorded]
+    ):
+        self.x, self.y, self.wrt, self._plain = *inputs[:2], wrt, plain
+        super().__init__(self.x.numel() + self.y.numel(), large=False)
+        self._program, self._inputs, self._calls = program, inputs, calls
+        self._trace = program.traced()
+        (self.value, *gradient), self._values = self._trace.begin(inputs, wrt)
+        parts = dict(zip(wrt, gradient))
+        self.gx, self.gy = parts.get("x"), parts.get("y")
 
     @cached_property
     def plain(self) -> Recorded:
@@ -81,22 +64,15 @@ class Compiled(Recorded):
 
     @property
     def by_outputs(self) -> Compiled | None:
-        return self if all(term.calls is not None for term, _ in self._terms) else None
-
-    @cached_property
-    def levels(self) -> dict[str, list[tuple[Tensor, LinearCall]]]:
-        """(z, call) by level."""
-        found = {term.level: term.calls for term, _ in self._terms}
-        levels = [level for level in ("upper", "lower") if level in found]
-        return {level: [(self.y.new_empty(call.shape), call) for call in found[level]] for level in levels}
-
-    @property
-    def zs(self) -> list[Tensor]:
-        return [z for pairs in self.levels.values() for z, _ in pairs]
+        return None if self._calls is None else self
 
     @property
     def calls(self) -> list[LinearCall]:
-        return [call for pairs in self.levels.values() for _, call in pairs]
+        return self._calls
+
+    @cached_property
+    def zs(self) -> list[Tensor]:
+        return [self.y.new_empty(call.shape) for call in self._calls]
 
     def is_gradient(self, gy: Tensor) -> bool:
         """Its own; found out before it was traced."""
@@ -105,8 +81,7 @@ class Compiled(Recorded):
     def product(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
         given = {name: v.contiguous() for name, v in (("x", u), ("y", w)) if v is not None}
         wanted = tuple(name for name in "xy" if name in wrt)
-        kind, directions = (tuple(given), wanted, None), list(given.values())
-        parts = dict(zip(wanted, _sum([(term.weight, point.product(kind, directions)) for term, point in self._terms])))
+        parts = dict(zip(wanted, self._product((tuple(given), wanted, None), list(given.values()))))
         return parts.get("x"), parts.get("y")
 
     def block(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
@@ -114,38 +89,13 @@ class Compiled(Recorded):
 
     def second(self, given: dict[Tensor, Tensor], inputs: list[Tensor], batched: bool = True) -> list[Tensor | None]:
         """As that of ``Phi``, for stacks of directions, which lie in memory as those with which it was first called."""
-        total: dict[Tensor, Tensor] = {}
-        for term, point in self._terms:
-            names = {self.x: "x", self.y: "y"} | {z: f"z{i}" for i, (z, _) in enumerate(self.levels[term.level])}
-            here = {names[leaf]: v for leaf, v in given.items() if leaf in names}
-            wanted = [leaf for leaf in inputs if leaf in names]
-            kind = tuple(here), tuple(names[leaf] for leaf in wanted), len(next(iter(given.values())))
-            for leaf, part in zip(wanted, point.product(kind, list(here.values()))):
-                if part is not None:
-                    part = part if term.weight == 1.0 else term.weight * part
-                    total[leaf] = total[leaf] + part if leaf in total else part
-        return [total.get(leaf) for leaf in inputs]
+        names = {self.x: "x", self.y: "y"} | {z: f"z{i}" for i, z in enumerate(self.zs)}
+        columns = len(next(iter(given.values())))
+        kind = tuple(names[leaf] for leaf in given), tuple(names[leaf] for leaf in inputs), columns
+        return self._product(kind, list(given.values()))
 
-
-class _Point:
-    """A program begun at a point."""
-
-    def __init__(self, program: Program, inputs: list[Tensor], wrt: str):
-        self._program, self._inputs, self._wrt = program, inputs, wrt
-        self._trace = program.traced()
-        self.found, self._values = self._trace.begin(inputs, wrt)
-
-    def product(self, kind: Kind, directions: list[Tensor]) -> list[Tensor | None]:
+    def _product(self, kind: Kind, directions: list[Tensor]) -> list[Tensor | None]:
         if kind not in self._trace.kinds:
             self._trace = self._program.traced(kind, directions)
-            _, self._values = self._trace.begin(self._inputs, self._wrt)
+            _, self._values = self._trace.begin(self._inputs, self.wrt)
         return self._trace.product(kind, self._values, directions)
-
-
-def _sum(terms: list[tuple[float, list[Tensor]]]) -> list[Tensor]:
-    """sum of weight * values, value by value."""
-    (weight, first), *rest = terms
-    total = first if weight == 1.0 else [weight * value for value in first]
-    for weight, values in rest:
-        total = [a.add(b, alpha=weight) for a, b in zip(total, values)]
-    return total
