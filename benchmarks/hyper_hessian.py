@@ -5,7 +5,8 @@
 *Row by row* is how public code of the papers builds its Hessians: the gradient of each of the two penalty functions in
 (x, y), then one backward pass per entry, taken by indexing (``gradient[i]``) or by iterating (``for entry in
 gradient``). Both sides start from the same (x, y*) and end with the same matrix; ours is timed from nothing recorded
-and nothing factored, and also as in a run, where the evaluation of the gradient has left its factor. australian: dx =
+and nothing factored, and also as in a run, where the evaluation of the gradient has left its factor; both also with compiled
+losses, timed after compilation. australian: dx =
 483, dy = 30, float64. MNIST-5000: dx = 5000, dy = 7850, float32; there row by row is timed on a few rows and
 extrapolated. Floor: the operations of the closed form at the measured rate of matrix products.
 """
@@ -93,17 +94,20 @@ def small(setting: Setting, args) -> dict:
     for state in states:
         state["recorded"] = {name: [wrt, False, False, False] for name, (wrt, *_) in state["recorded"].items()}
     rows = RowByRow(setting, states[0]["points"])
-    ev = tb.ImplicitOracle(problem).evaluate(setting.x)
-    operator = ev.hessian
+    in_a_run = [tb.ImplicitOracle(setting.problem(compile=compiled)).evaluate(setting.x) for compiled in (False, True)]
+    implicit_compiled = tb.ImplicitOracle(setting.problem(compile=True))
+    operator = in_a_run[0].hessian
     v = torch.randn(len(setting.x), 64, generator=torch.Generator().manual_seed(0), dtype=setting.x.dtype)
 
-    def within_a_run() -> Tensor:
+    def within_a_run(ev: tb.Evaluation) -> Tensor:
         ev.release()
         return ev.hessian.to_dense()
 
     runs = {
         "ours, implicit": lambda: fresh(implicit, states[1]),
-        "ours, implicit, after an evaluation": within_a_run,
+        "ours, implicit, after an evaluation": lambda: within_a_run(in_a_run[0]),
+        "ours, implicit, compiled": lambda: fresh(implicit_compiled, states[1]),
+        "ours, implicit, compiled, after an evaluation": lambda: within_a_run(in_a_run[1]),
         "ours, penalty (central)": lambda: fresh(penalty, states[0]),
         "row by row, indexed": lambda: rows.hessian(iterate=False),
         "row by row, iterated": lambda: rows.hessian(iterate=True),

@@ -9,6 +9,7 @@ error. Then all are timed in turns; medians (quartiles) of milliseconds. Equal w
 
 *Cold*: nothing kept (a preconditioner that 'auto' makes at once is part of it). *Warm start*: from the adjoint of the
 outer step before; with what the library keeps from there, each of its levels by itself, and what making it cost.
+*Compiled*: with ``BilevelProblem(..., compile=True)``, timed after compilation, as jaxopt is.
 *Floor*: plain CG on closed-form products, two matrix products each. ``--device cuda``: everybody on the GPU. Else the process
 is held to as many cores as PyTorch has threads.
 """
@@ -58,12 +59,13 @@ class Ours:
         level: None: cold, nothing kept. 0: started at the adjoint of the outer step before. n: also with what is kept
             from there, of rank n (n = dy: Cholesky), see ``lower.kept.Ladder``. "ritz": the Ritz vectors of that adjoint's
             solve.
-        plain: CG without a preconditioner, with which 'auto' may begin at once, for later.
+        plain: CG without a preconditioner, with which 'auto' may begin at once, for later. compiled: the losses are.
     """
 
-    def __init__(self, setting: Setting, level: int | str | None, plain: bool = False):
+    def __init__(self, setting: Setting, level: int | str | None, plain: bool = False, compiled: bool = False):
         self.setting = setting
-        self.oracle = tb.ImplicitOracle(setting.problem(), solver="cg" if plain or is_exact(setting.dy) and not level else "auto")
+        problem = setting.problem(compile=compiled)
+        self.oracle = tb.ImplicitOracle(problem, solver="cg" if plain or is_exact(setting.dy) and not level else "auto")
         self.preparation = 0.0
         if level is not None:
             oracle = tb.ImplicitOracle(self.oracle.problem, solver="auto" if level == "ritz" else "cg")
@@ -93,9 +95,9 @@ class Ours:
         return self.last.counts.lower_products - 1
 
 
-def ours_with_products(setting: Setting, products: int) -> Callable[[], Tensor]:
+def ours_with_products(setting: Setting, products: int, compiled: bool) -> Callable[[], Tensor]:
     """Our cold hypergradient with a set number of Hessian products (the last checks the residual)."""
-    problem = setting.problem()
+    problem = setting.problem(compile=compiled)
 
     def run() -> Tensor:
         counts = OracleCounts()
@@ -173,18 +175,24 @@ def contestants_of(setting: Setting, adjoint: Tensor, quick: bool) -> tuple[list
     found, making, absent = [], {}, {}
     cold = Ours(setting, None)
     cold.run(1)  # before anything is timed
-    ours_by_name = {"ours, cold": cold, "ours, warm start": Ours(setting, 0, plain=True)}
+    compiled = Ours(setting, None, compiled=True)
+    making["compiled programs"] = once(lambda: compiled.run(1))[0]
+    ours_by_name = {"ours, cold": cold, "ours, cold, compiled": compiled, "ours, warm start": Ours(setting, 0, plain=True)}
     at = Objective(cold.oracle.problem, lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
     ladder = cold.systems.ladder(at)
     if ladder.kronecker:
         ours_by_name["ours, cold, no preconditioner"] = Ours(setting, None, plain=True)
+        ours_by_name["ours, cold, no preconditioner, compiled"] = Ours(setting, None, plain=True, compiled=True)
     if cold.systems.kept.ritz_wanted(setting.dy, setting.x.dtype) and not ladder.kronecker:
         ours_by_name["ours, warm start, Ritz vectors"] = Ours(setting, "ritz")
+        ours_by_name["ours, warm start, Ritz vectors, compiled"] = Ours(setting, "ritz", compiled=True)
     for level in ladder.prices:
         kind = "Kronecker, corner of" if level in ladder.kronecker else "sketch of rank"
         what = "Cholesky" if level == setting.dy else f"{kind} {level}"
         ours_by_name[f"ours, warm start, {what}"] = Ours(setting, level)
         making[what] = ours_by_name[f"ours, warm start, {what}"].preparation
+        if level in ladder.kronecker:
+            ours_by_name[f"ours, warm start, {what}, compiled"] = Ours(setting, level, compiled=True)
     for name, ours in ours_by_name.items():
         found.append(Contestant(name, ours.run, 56, ours.products))
     floor = closed_form(setting)
@@ -234,7 +242,7 @@ def compare(setting: Setting, args) -> dict:
     record["equal"] = equal_work(setting, everybody, exact, args)
     record["making_seconds"] = making
     record["product"] = product_cost(setting, args)
-    print("\nMade at the outer step before, once for many steps: "
+    print("\nMade before, once for many steps: "
           + "; ".join(f"{what} in {number(seconds)} s" for what, seconds in making.items()))  # fmt: skip
     for name, reason in absent.items():
         print(f"Not here: {name} ({reason})")
@@ -243,7 +251,10 @@ def compare(setting: Setting, args) -> dict:
 
 def equal_work(setting: Setting, everybody: list[Contestant], exact: Tensor, args) -> dict:
     """Milliseconds and error with 20 products for everybody."""
-    runs: dict[str, Callable[[], Tensor]] = {"ours, cold": ours_with_products(setting, EQUAL_PRODUCTS)}
+    runs: dict[str, Callable[[], Tensor]] = {
+        "ours, cold": ours_with_products(setting, EQUAL_PRODUCTS, False),
+        "ours, cold, compiled": ours_with_products(setting, EQUAL_PRODUCTS, True),
+    }
     for c in everybody:
         if c.name.startswith("floor") or c.peer:
             steps = next(k for k in range(EQUAL_PRODUCTS, 0, -1) if c.products(k) <= EQUAL_PRODUCTS)

@@ -102,7 +102,7 @@ class Setting:
             self._parts = [p.detach() for p in self.parameters(self.anchor)]
         return self._parts
 
-    def problem(self, x: Tensor | None = None) -> tb.BilevelProblem:
+    def problem(self, x: Tensor | None = None, compile: bool = False) -> tb.BilevelProblem:
         """As a user of torch_bilevel writes it: a module, a tensor, two losses."""
 
         def lower_loss(learner: nn.Module, hyper: Tensor, batch: Data) -> Tensor:
@@ -112,7 +112,7 @@ class Setting:
             return cross_entropy(learner(batch[0]), batch[1])
 
         start = (self.x if x is None else x).clone()
-        return tb.BilevelProblem(self.learner(), start, lower_loss, upper_loss, self.train, self.valid)
+        return tb.BilevelProblem(self.learner(), start, lower_loss, upper_loss, self.train, self.valid, compile=compile)
 
     def to(self, dtype: torch.dtype | None = None, device: str | None = None) -> Setting:
         """The same numbers in another dtype, or on another device."""
