@@ -37,9 +37,9 @@ def bandwidth(numbers: int = 2**28, repeats: int = 10) -> float:
     return 8 * numbers / min(once(lambda: target.copy_(source))[0] for _ in range(repeats))
 
 
-def at_solution(setting: Setting):
+def at_solution(setting: Setting, compiled: bool = False):
     """The recorded lower gradient."""
-    return Objective(setting.problem(), lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
+    return Objective(setting.problem(compile=compiled), lower=1.0, counts=OracleCounts()).linearise(setting.x, setting.y, "y")
 
 
 def products(setting: Setting, args) -> dict:
@@ -55,6 +55,9 @@ def products(setting: Setting, args) -> dict:
         own = systems.operator(at_solution(gpu))  # recorded on the stream where it is to be replayed
         out, place = torch.empty_like(v), v.clone()
         replay = Replay.make(lambda: out.copy_(own.matvec(place)), device)
+        fused = systems.operator(at_solution(gpu, compiled=True))
+        fused.matvec(v)  # compiles
+        replay_fused = Replay.make(lambda: out.copy_(fused.matvec(place)), device)
     outputs = systems.outputs(at_solution(gpu))
 
     def iterations(operator: LinearOperator, reorthogonalise: bool) -> Callable[[], object]:
@@ -76,9 +79,12 @@ def products(setting: Setting, args) -> dict:
     runs: dict[str, tuple[Callable[[], object], float]] = {
         "single product": (lambda: at.yy(v), reads),
         "single product, replayed": (replayed(replay), reads),
+        "single product, compiled": (replayed(lambda: fused.matvec(v)), reads),
+        "single product, compiled and replayed": (replayed(replay_fused), reads),
         f"block of {BLOCK}": (lambda: at.yy(w), max(reads, multiplies)),
         f"{CG_STEPS} CG iterations": (plain, CG_STEPS * reads),
         f"{CG_STEPS} CG iterations, replayed": (replayed(iterations(own, False)), CG_STEPS * reads),
+        f"{CG_STEPS} CG iterations, compiled and replayed": (replayed(iterations(fused, False)), CG_STEPS * reads),
         f"{CG_STEPS} CG iterations, reorthogonalised": (kept, CG_STEPS * reads),
         f"{CG_STEPS} CG iterations, reorthogonalised, replayed": (replayed(iterations(own, True)), CG_STEPS * reads),
     }

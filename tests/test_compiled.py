@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch_bilevel import derivatives
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.errors import ProblemError
+from torch_bilevel.linalg import own_stream
+from torch_bilevel.lower import LowerSystems
 from torch_bilevel.outputs import OutputHessian
 from torch_bilevel.recorded import Compiled, Graph, Phi, calls, trace
 
@@ -27,13 +31,13 @@ INPUTS = randn(0, N, D_IN)
 def hidden(x, y):
     """A hidden layer: not by the outputs of linear calls."""
     W, V = y[: 4 * D_IN].view(4, D_IN), y[4 * D_IN :].view(K, 4)
-    loss = F.cross_entropy(torch.tanh(INPUTS @ W.T) @ V.T, torch.arange(N) % K, reduction="none")
+    loss = F.cross_entropy(torch.tanh(INPUTS.to(y) @ W.T) @ V.T, torch.arange(N, device=y.device) % K, reduction="none")
     return (x.sigmoid() * loss).mean() + 0.1 * (y * y).sum()
 
 
 def written_to(x, y):
     """Operations in place, and a part that does not depend on x."""
-    z = (INPUTS @ y).sin()
+    z = (INPUTS.to(y) @ y).sin()
     z[:3] *= x[:3] ** 2
     z[3:].add_(x[3:].sin())
     return (z * z).sum() + y.cosh().sum()
@@ -46,6 +50,13 @@ ALL = {**LOSSES, "hidden": (hidden, N, 4 * (D_IN + K), True), "written_to": (wri
 def uncompiled(monkeypatch):
     """Programs are cut, but what they are made of is run as it is: compiling takes seconds."""
     monkeypatch.setattr(trace, "compiled", lambda module, arguments: module)
+
+
+@pytest.fixture
+def compiler():
+    """Of C++, with which programs for a CPU are compiled."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("no C++ compiler here")
 
 
 @pytest.fixture
@@ -159,7 +170,7 @@ def test_a_product_nobody_expected_is_traced_when_it_is_asked_for(uncompiled):
 
 
 @pytest.mark.parametrize("name", ["linear_layer", "hidden"])
-def test_compiled_programs_give_the_same(name, small):
+def test_compiled_programs_give_the_same(name, small, compiler):
     g, dx, dy, _ = ALL[name]
     p = problem(g, dx, dy)
     x, y, w = p.x, p.y, randn(6, dy)
@@ -225,7 +236,7 @@ def test_other_data_of_the_same_shapes_are_served_by_the_same_programs(small, un
     same(*(p.at(None, (X[6:], t[6:])) for p in first))  # upper data that were the lower ones' as well
 
 
-def test_tensors_from_elsewhere_are_read_anew():
+def test_tensors_from_elsewhere_are_read_anew(compiler):
     """Even small ones, which a compiler would put into its code."""
     plain, compiled = both()
     same(plain.problem, compiled.problem)
@@ -282,6 +293,81 @@ def test_what_cannot_be_traced_is_refused(g, words, uncompiled):
         objective(p, lower=1.0).gradient(p.x, p.y)
 
 
+def test_sparse_data_are_refused():
+    weighted = Weighted(True)
+    with pytest.raises(ProblemError, match="SparseMatrix; pass compile=False"):
+        weighted.problem.at((tb.SparseMatrix(INPUTS), torch.arange(N) % K))
+
+
+def test_a_copy_of_a_problem_reads_its_own_tensors(uncompiled):
+    """A deep copy has other buffers than the one whose losses were traced."""
+    learner = nn.Sequential(nn.BatchNorm1d(D_IN, dtype=D), nn.Linear(D_IN, K, dtype=D)).eval()
+    p = Weighted(True, learner).problem
+    value = objective(p, lower=1.0).gradient(p.x, p.y)[0]
+    other = copy.deepcopy(p)
+    other.learner[0].running_mean.add_(1)
+    assert objective(other, lower=1.0).gradient(p.x, p.y)[0] != value
+    assert objective(p, lower=1.0).gradient(p.x, p.y)[0] == value
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.LSTM(3, 4, batch_first=True, dtype=D), nn.Linear(4, K, dtype=D)
+
+    def forward(self, X):
+        return self.head(self.body(X)[0][:, -1])
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, dtype=D)
+        self.head = nn.Linear(4, K, dtype=D)
+
+    def forward(self, X):
+        return self.head(self.body(X).mean(1))
+
+
+def convolution():
+    layers = nn.Conv2d(1, 2, 3, dtype=D), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, K, dtype=D)
+    return nn.Sequential(*layers), randn(0, N, 1, 6, 6)
+
+
+def embedding():
+    layers = nn.Embedding(5, 4, dtype=D), nn.Flatten(), nn.LayerNorm(8, dtype=D), nn.GELU(), nn.Linear(8, K, dtype=D)
+    return nn.Sequential(*layers), torch.arange(2 * N).view(N, 2) % 5
+
+
+NETWORKS = {
+    "convolution": convolution,
+    "embedding": embedding,
+    "recurrent": lambda: (Recurrent(), randn(0, N, 5, 3)),
+    "attention": lambda: (Attending(), randn(0, N, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_usual_networks_can_be_traced(name, uncompiled):
+    torch.manual_seed(0)
+    learner, inputs = NETWORKS[name]()
+    batch = {"X": inputs, "t": torch.arange(N) % K, "power": 2}
+    found = []
+    for compile in (False, True):
+        weighted = Weighted(compile)
+
+        def upper(learner, hyper, batch):
+            return F.cross_entropy(learner(batch["X"]), batch["t"])
+
+        p = tb.BilevelProblem(learner, {"w": randn(1, N)}, weighted.lower, upper, batch, batch, compile=compile)
+        v, w = randn(2, p.dy), randn(3, p.dy)
+        g = objective(p, lower=1.0).linearise(p.x, p.y)
+        L = objective(p, upper=1.0, tangent=v).linearise(p.x, p.y)
+        found.append((g.value, g.gx, g.gy, g.yy(w), g.xy(w), L.gx, L.gy, *L.joint(p.x, w)))
+    for mine, true in zip(found[1], found[0]):
+        close(mine, true)
+
+
 def test_a_machine_without_a_compiler_is_told(monkeypatch):
     def fails(module, arguments):
         raise RuntimeError("no C++ compiler was found\nand much more")
@@ -316,3 +402,20 @@ def test_the_optimizer_hands_it_on(uncompiled):
     opt = tb.MinimaxOptimizer(player, torch.zeros(N, dtype=D), loss, method="lmcn", compile=True)
     assert opt.step((X,)).step_norm > 0
     assert opt.problem.seen.programs
+
+
+@pytest.mark.gpu
+def test_compiled_programs_give_the_same_on_a_gpu(small):
+    """Also within a stream of its own, where the steps of CG are replayed."""
+    g, dx, dy, _ = ALL["hidden"]
+    plain = tb.BilevelProblem.from_functions(upper, g, (randn(1, dx) / 2).cuda(), (randn(2, dy) / 4).cuda(), check=False)
+    p = copy.copy(plain)
+    p.compile = True
+    found = []
+    for each in (plain, p):
+        with own_stream(each.device):
+            at = objective(each, lower=1.0).linearise(each.x, each.y)
+            solution = LowerSystems(solver="cg", tol=1e-10).solve(at, at.gy)
+            found.append((at.value, at.gx, at.gy, at.xy(solution.x), solution.x))
+    for mine, true in zip(found[1], found[0]):
+        close(mine, true)

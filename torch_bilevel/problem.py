@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .errors import ProblemError, ShapeError
 from .flat import Layout
 from .functional import Call, math_attention
-from .sparse import samples
+from .sparse import SparseMatrix, samples
 
 if TYPE_CHECKING:
     from .recorded import LinearCall, Program
@@ -43,6 +43,10 @@ class Seen:
     programs: dict[tuple, Program] = field(default_factory=dict)
     third: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
     traced: bool = False
+
+    def __deepcopy__(self, memo: Any) -> Seen:
+        """What was seen belongs to the modules that are copied."""
+        return Seen()
 
     def without(self, level: str) -> Seen:
         """For other data of one level; what the losses are stays true."""
@@ -269,6 +273,8 @@ class BilevelProblem:
     def _place(self, batch: Any) -> Any:
         if batch is None or is_loader(batch):
             return batch
+        if self.compile and any(map(_is_sparse, tree_leaves(batch, is_leaf=_is_sparse))):
+            raise ProblemError("compile: the compiler does not know a SparseMatrix; pass compile=False")
         return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
 
     def exact_oracle(self, **options: Any):
@@ -353,6 +359,10 @@ def _refuse_shared(learner: dict[str, Tensor], hyper: dict[str, Tensor], words: 
                 f"{words['x']}[{name!r}] and {words['y']}[{other!r}] share memory; a tensor is either tuned or trained:"
                 " clone one"
             )
+
+
+def _is_sparse(leaf: Any) -> bool:
+    return isinstance(leaf, SparseMatrix)
 
 
 def is_loader(batch: Any) -> bool:
