@@ -94,8 +94,9 @@ def small(setting: Setting, args) -> dict:
     for state in states:
         state["recorded"] = {name: [wrt, False, False, False] for name, (wrt, *_) in state["recorded"].items()}
     rows = RowByRow(setting, states[0]["points"])
-    in_a_run = [tb.ImplicitOracle(setting.problem(compile=compiled)).evaluate(setting.x) for compiled in (False, True)]
-    implicit_compiled = tb.ImplicitOracle(setting.problem(compile=True))
+    compiled = setting.problem(compile=True)
+    in_a_run = [tb.ImplicitOracle(p).evaluate(setting.x) for p in (problem, compiled)]
+    implicit_compiled = tb.ImplicitOracle(compiled)
     operator = in_a_run[0].hessian
     v = torch.randn(len(setting.x), 64, generator=torch.Generator().manual_seed(0), dtype=setting.x.dtype)
 

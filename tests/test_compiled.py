@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import fake_tensor
 
 import torch_bilevel as tb
 from tests.reference import blocks
@@ -43,13 +45,16 @@ def written_to(x, y):
     return (z * z).sum() + y.cosh().sum()
 
 
-ALL = {**LOSSES, "hidden": (hidden, N, 4 * (D_IN + K), True), "written_to": (written_to, N, D_IN, False)}
+#: of those that go by the outputs of linear calls; the others differ in how the calls are written, which is found out before
+OUTPUTS = {name: LOSSES[name] for name in ("linear_layer", "scalar_bias", "per_feature", "two_tasks", "several_outputs")}
+ALL = {**OUTPUTS, "hidden": (hidden, N, 4 * (D_IN + K), True), "written_to": (written_to, N, D_IN, False)}
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Programs are cut, but what they are made of is run as it is: compiling takes seconds."""
+    """Programs are cut, but run as they are, for compiling takes seconds; nor is the stack of every operation noted."""
     monkeypatch.setattr(trace, "compiled", lambda module, arguments: module)
+    monkeypatch.setattr(fake_tensor, "traceback", SimpleNamespace(extract_stack=list, format_list=list))
 
 
 @pytest.fixture
@@ -133,7 +138,7 @@ def test_programs_give_the_gradients_and_products_of_the_reference(name, small, 
     assert len(p.seen.programs) == 3
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_the_outputs_hessian_is_found_by_programs(name, small, uncompiled, monkeypatch):
     """Of g alone, of L, and of a sum in which two terms see the same outputs; nothing is recorded beside the programs."""
     g, dx, dy, own = LOSSES[name]
@@ -378,7 +383,7 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch):
         objective(p, lower=1.0).gradient(p.x, p.y)
 
 
-@pytest.mark.parametrize("method", ["auto", "dlcrn", "lfsba", "slcrn", "f2ba", "itd"])
+@pytest.mark.parametrize("method", ["auto", "dlcrn", "lfsba", "slcrn"])
 def test_a_method_takes_the_same_steps(method, small, uncompiled):
     results = [tb.minimize(weighted.problem, method=method, max_steps=4, progress=False) for weighted in both()]
     torch.testing.assert_close(results[1].x, results[0].x, rtol=1e-6, atol=1e-8)

@@ -75,8 +75,8 @@ def cg(
             given float32. Products with it count like those with A.
 
     Returns:
-        A ``Solution`` whose residual is recomputed, but in float64 with tolerances from 1e-4 on (a recursion drifts by its
-        steps times 1e-16 times the condition number); NEGATIVE_CURVATURE carries the direction and its
+        A ``Solution`` whose residual is recomputed, but in float64 where it leaves 1e-4 of that of x0 and 1e-7 of b, or more (a
+        recursion drifts by its steps times 1e-16 times the condition number); NEGATIVE_CURVATURE carries the direction and its
         curvature.
 
     Cost: one product per step and unfinished column, one more per column where the true residual is computed, one more

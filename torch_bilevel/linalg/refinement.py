@@ -24,9 +24,9 @@ CONVERGED, MAX_ITERATIONS, STAGNATION, NEGATIVE_CURVATURE, NOT_POSITIVE_DEFINITE
     len(SEVERITY)
 )
 RUNNING = -1
-#: tolerance, relative to b and to what is left at the start, from which a recursion in float64 is believed: it drifts by its
-#: steps times 1e-16 times the condition number
-TRUSTED = 1e-4
+#: what a recursion in float64 leaves of what it starts from, and of b, and is believed: it drifts by its steps times 1e-16 times
+#: the condition number
+TRUSTED, TRUSTED_OF_B = 1e-4, 1e-7
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def refine(
     monotone: bool = False,
 ) -> Solution:
     """Solve A x = b column by column to |A x - b| <= max(tol |b|, atol), judged on the recomputed residual; on the recursion's
-    own where all tolerances are TRUSTED and more.
+    own where that is TRUSTED.
 
     Args:
         b: (n,) or (n, k).
@@ -118,7 +118,7 @@ def refine(
         cycle = run_cycle(R[:, columns] / old, target, budget - iterations)
         iterations += cycle.iterations
         X_new = X[:, columns] + cycle.E * old
-        loose = cycle.residual is not None and bool((torch.minimum(goal[columns], target) >= TRUSTED).all())
+        loose = cycle.residual is not None and bool(((target >= TRUSTED) & (goal[columns] >= TRUSTED_OF_B)).all())
         if loose and bool((cycle.code == CONVERGED).all()):
             X[:, columns], r_norm[columns], code[columns] = X_new, cycle.residual * old, CONVERGED
             products, ritz = products + cycle.products, ritz or cycle.ritz

@@ -13,6 +13,9 @@ from .gradient import lipschitz_estimate
 from .solver import REDUCTION, LowerResult, LowerSolver, LowerStatus
 from .systems import LowerSystems, tolerance_of_step
 
+#: residual over |h_y| from which a step is easy
+NEAR = 0.05
+
 
 @final
 class NewtonCG(LowerSolver):
@@ -48,10 +51,12 @@ class NewtonCG(LowerSolver):
         y, at = y0, objective.linearise(x, y0, "y")
         norm = torch.linalg.vector_norm(at.gy)
         error: Tensor | None = None
+        floor = 1e-10 if y0.dtype == torch.float64 else 1e-5
         eta = self.forcing
         if residual > 0:
             residual = min(residual, REDUCTION * float(norm))
             eta = max(eta, min(0.3, 0.5 * residual / max(float(norm), 1e-300)))
+            eta = self._to_residual(float(norm), residual, systems.bend, floor, eta)
         for iteration in range(self.max_iterations + 1):
             result = LowerResult(y, norm, error, LowerStatus.MAX_ITERATIONS, iteration, at)
             if not bool(torch.isfinite(norm) & torch.isfinite(at.value)):
@@ -85,10 +90,28 @@ class NewtonCG(LowerSolver):
             error = rate * p_norm * torch.clamp(new_norm / norm, min=least, max=1.0)
             target = max(tol * scale / max(float(error), 1e-300), residual / max(float(new_norm), 1e-300))
             quadratic = 0.5 * float(new_norm / norm) ** 2  # what the next step can gain at best (Eisenstat, Walker)
-            floor = 1e-10 if y.dtype == torch.float64 else 1e-5
             eta = min(self.forcing, max(0.3 * target, quadratic, floor))
+            if rate == 1.0:
+                self._observe(systems, float(norm), float(new_norm), float(direction.residual))
+            if residual > 0:
+                eta = self._to_residual(float(new_norm), residual, systems.bend, floor, eta)
             at, norm = new_at, new_norm
         return result
+
+    @staticmethod
+    def _to_residual(norm: float, residual: float, bend: float | None, floor: float, eta: float) -> float:
+        """How well to solve for a step towards a residual far below: so that one step gets there, where the change of the
+        Hessian lets it."""
+        if bend is None or residual > NEAR * norm or bend * norm**2 > 0.5 * residual:
+            return eta
+        return max(0.4 * residual / norm, floor)
+
+    @staticmethod
+    def _observe(systems: LowerSystems, norm: float, new_norm: float, solved: float) -> None:
+        """What a full step left of h_y beside what its system was solved to, over the square of what there was."""
+        left = new_norm**2 - (solved * norm) ** 2
+        if left > 0.5 * new_norm**2 > 0:
+            systems.bend = left**0.5 / norm**2
 
     @staticmethod
     def _is_rounding(at, norm: float, scale: float, eps: float) -> bool:

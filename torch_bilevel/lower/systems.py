@@ -60,6 +60,9 @@ class LowerSystems:
         chebyshev_order: terms of the expansion, taken at its word as published; None: from the tolerance.
         spectrum: (mu, L) for the expansion; None: estimated where first needed, and again where it has failed.
 
+    Attributes:
+        bend: what a Newton step on the objective left of |h_y| last, for the Hessian's change, over |h_y|^2; None: not known.
+
     Raises:
         ConfigError: an unknown solver, or options of the expansion beside another solver.
     """
@@ -89,6 +92,7 @@ class LowerSystems:
         self.spectrum = None if spectrum is None else Spectrum(*map(float, spectrum))
         self._spectrum_given = spectrum is not None
         self.kept = KeptFactor()
+        self.bend: float | None = None
         self._single = True  # whether float32 has served float64 systems so far
         self._by_outputs: dict[str, bool] = {}  # whether its Hessian was seen to be that of its outputs
 
@@ -334,10 +338,10 @@ class LowerSystems:
         """What is kept, for an exact resume."""
         interval = None if self.spectrum is None else [self.spectrum.lowest, self.spectrum.largest]
         return {"kept": self.kept.state_dict(), "spectrum": interval, "by_outputs": dict(self._by_outputs),
-                "single": self._single}  # fmt: skip
+                "single": self._single, "bend": self.bend}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
-        self._single, self._by_outputs = state["single"], dict(state["by_outputs"])
+        self._single, self._by_outputs, self.bend = state["single"], dict(state["by_outputs"]), state.get("bend")
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
 

@@ -16,10 +16,10 @@ from ..errors import ConfigError
 from ..lower import LowerSolver
 from .evaluation import Evaluation, HyperOracle, require_solution
 
-#: the norms come from power iterations, which approach them from below: the factor by which they are raised, the
-#: evaluations that an estimate serves at first, how many times as many the next one, up to how many; relative residual of its
-#: solves
-SAFETY, SERVES, GROWTH, LASTS, ROUGH = 2.0, 1, 3, 20, 0.1
+#: the norms come from power iterations, which approach them from below: the factor by which they are raised, and within which
+#: those of the gradient's error have not changed; the evaluations that an estimate serves at first, where they have not, and how
+#: many times as many as the one before where they have; relative residual of its solves
+SAFETY, SERVES, LASTS, GROWTH, ROUGH = 2.0, 1, 20, 3, 0.1
 #: share of the allowed error that a solve aims at, and evaluations of one point before the tolerances are the default
 AIM, ROUNDS = 0.5, 3
 #: relative residual of any adjoint solve at most; lower solves leave ``REDUCTION`` of what they start from, at most
@@ -153,10 +153,11 @@ class Accuracy:
         new = {"Y": -cross[:, 0], "Q": on_x - cross[:, 1], "S": new_S}
         sizes = {name: float(torch.linalg.vector_norm(vector)) for name, vector in new.items()}
         norms = {name: max(size, norms.get(name, 0.0)) for name, size in sizes.items()}  # |A' w| / |w| >= |A u| / |u|
+        if self.norms and self.age > self.serves:
+            same = all(norms[name] <= SAFETY * self.norms[name] <= SAFETY**2 * norms[name] for name in ("Y", "Q"))
+            self.serves = LASTS if same else min(GROWTH * self.serves, LASTS)
         self.norms = {**norms, "inverse": float(torch.linalg.vector_norm(inverse))}
         self.vectors = {name: _unit(vector) if sizes[name] > 0 else _start(vector) for name, vector in new.items()}
-        if self.age > self.serves:
-            self.serves = min(GROWTH * self.serves, LASTS)
         self.age = 0
 
     # -- state ----------------------------------------------------------------------------------------------------
