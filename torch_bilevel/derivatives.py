@@ -142,13 +142,17 @@ class Objective:
     def is_chain(self, x: Tensor, y: Tensor) -> bool:
         """Whether it is evaluated by ``Phi``: all that it does with y goes by linear calls, or entry by entry.
 
-        Found out once for a problem, by one evaluation each way, not counted.
+        Found out once for a problem, by one evaluation each way, not counted; where f and g are, all that is made of them is.
         """
         chains = self.problem.seen.chains
         if self.kind not in chains:
-            phi = Phi(self, x, y, "y", record=False) if self.calls(x, y) else None
-            chains[self.kind] = phi is not None and phi.complete and phi.is_gradient(self._gradient(x, y, "y")[2])
-        return chains[self.kind]
+            known = all(chains.get("g" if letter == "t" else letter) for letter in self.kind)
+            chains[self.kind] = known or self._goes_by_calls(x, y)
+        return chains[self.kind] and bool(self.calls(x, y))
+
+    def _goes_by_calls(self, x: Tensor, y: Tensor) -> bool:
+        phi = Phi(self, x, y, "y", record=False) if self.calls(x, y) else None
+        return phi is not None and phi.complete and phi.is_gradient(self._gradient(x, y, "y")[2])
 
     @property
     def is_compiled(self) -> bool:
