@@ -19,7 +19,7 @@ from .evaluation import Evaluation, HyperOracle, require_solution
 #: the norms come from power iterations, which approach them from below: the factor by which they are raised, and within which
 #: those of the gradient's error have not changed; the evaluations that an estimate serves at first, where they have not, and how
 #: many times as many as the one before where they have; relative residual of its solves
-SAFETY, SERVES, LASTS, GROWTH, ROUGH = 2.0, 1, 20, 3, 0.1
+SAFETY, SERVES, LASTS, GROWTH, ROUGH = 2.0, 1, 30, 3, 0.1
 #: share of the allowed error that a solve aims at, and evaluations of one point before the tolerances are the default
 AIM, ROUNDS = 0.5, 3
 #: relative residual of any adjoint solve at most; lower solves leave ``REDUCTION`` of what they start from, at most
