@@ -51,7 +51,7 @@ class Config:
         weight: c, `sigmoid` or `clip`.
         reg: coefficient of |w|^2.
         seed: of split, noise and method.
-        device: auto, cpu or cuda. dtype: float32 or float64.
+        device: auto, cpu or cuda. dtype: float32 or float64. compile: see `torch_bilevel.BilevelProblem`.
         init_sgd_steps, init_sgd_lr: full-batch gradient steps of the learner on noisy training + validation
             set before the run.
         method, method_options: name and constructor options; `lower: {name: agd, ...}` chooses the lower
@@ -76,6 +76,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float64"
+    compile: bool = False
     init_sgd_steps: int = 0
     init_sgd_lr: float = 0.1
     method: str = "lfsba"
@@ -170,7 +171,9 @@ def build(config: Config, data_dir: str | Path | None = None) -> Task:
         return cross_entropy(learner(inputs), labels)
 
     lower_batch = (train.inputs, noisy, torch.arange(n, device=device))
-    problem = tb.BilevelProblem(learner, hyper, lower_loss, upper_loss, lower_batch, (val.inputs, val.labels))
+    problem = tb.BilevelProblem(
+        learner, hyper, lower_loss, upper_loss, lower_batch, (val.inputs, val.labels), compile=config.compile
+    )
     bounds = (0.0, 1.0) if config.weight == "clip" else None
     return Task(split, noisy, corrupted, problem, config.weight, bounds)
 

@@ -198,8 +198,10 @@ def test_a_loose_float64_recursion_is_believed_and_right(symmetric, gaussian, co
 def test_what_is_left_of_a_warm_start_decides_too(symmetric, gaussian):
     """From a start as good as 1e-8 a tolerance of 1e-9 is loose for the recursion, but not for the residual it began with."""
     A, b = symmetric(torch.logspace(-3, 0, 60, dtype=torch.float64)), gaussian(60)
-    near = torch.linalg.solve(A, b) * (1 + 1e-8)
-    for tol, start, more in ((1e-9, near, 2), (1e-2, None, 0), (1e-2, 1e4 * near, 2)):
+    exact = torch.linalg.solve(A, b)
+    near, rough = exact * (1 + 1e-8), exact * (1 + 1e-3)
+    for tol, start, more in ((1e-9, near, 2), (1e-2, None, 0), (1e-2, 1e4 * near, 2), (1e-6, rough, 1), (5e-8, rough, 2)):
         solution = cg(A, b, tol=tol, x0=start)
         assert solution.ok
         assert solution.products == solution.iterations + more
+        assert torch.linalg.vector_norm(A @ solution.x - b) <= 1.01 * tol * torch.linalg.vector_norm(b)

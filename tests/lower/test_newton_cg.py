@@ -55,3 +55,33 @@ def test_a_stiff_direction_does_not_speak_for_the_soft_ones(stiff, dtype):
     assert result.status is LowerStatus.CONVERGED
     distance = float((result.y - center).norm())
     assert distance <= 10 * tol * (1 + float(center.norm()))
+
+
+def test_what_a_step_left_tells_how_well_to_solve_for_the_next():
+    """A step that can reach the residual is solved to reach it; one that cannot is not solved better for it."""
+    torch.manual_seed(0)
+    n, D = 40, torch.float64
+    d = torch.logspace(-1, 1, n, dtype=D)
+
+    def g(x, y):
+        return (d * y**2).sum() / 2 + (y**4).sum() / 4 - x @ y
+
+    p = tb.BilevelProblem.from_functions(lambda x, y: (y * y).sum() + x.sum(), g, torch.ones(n, dtype=D), torch.zeros(n, dtype=D))
+    systems = LowerSystems(solver="cg")
+    h = Objective(p, lower=1.0, counts=OracleCounts())
+    y = NewtonCG().solve(h, p.x, p.y, systems=systems, residual=1e-3).y
+    assert systems.bend is not None
+    again = LowerSystems(solver="cg")
+    again.load_state_dict(systems.state_dict(), p)
+    assert again.bend == systems.bend
+    x = p.x + 1e-3 * torch.randn(n, dtype=D)
+    for residual, saved in ((1e-5, True), (1e-9, False)):
+        gradients = []
+        for bend in (None, systems.bend):
+            again.bend, h = bend, Objective(p, lower=1.0, counts=OracleCounts())
+            result = NewtonCG().solve(h, x, y, systems=again, residual=residual)
+            assert result.status is LowerStatus.CONVERGED
+            assert torch.linalg.vector_norm(torch.func.grad(g, 1)(x, result.y)) <= residual
+            gradients.append(h.counts.lower_gradients)
+        assert (gradients[1] < gradients[0]) == saved, (residual, gradients, systems.bend)
+

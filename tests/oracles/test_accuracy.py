@@ -69,6 +69,24 @@ def test_the_norms_are_those_of_the_dense_matrices():
         assert 0.9 * norm < oracle.accuracy.norms[name] < 1.02 * norm, name
 
 
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, [1, 3, 34]), (100.0, [1, 3, 7, 17])])
+def test_norms_that_hold_serve_longer(factor, expected, monkeypatch):
+    """After the first two evaluations only thirty later where they are the same, three times as many as before where not."""
+    case, made, evaluations, estimate = hyper_cleaning(), [], [], Accuracy.estimate
+
+    def count(self, oracle, ev):
+        made.append(len(evaluations))
+        estimate(self, oracle, ev)
+        self.norms["Y"] *= factor  # another than the next one
+
+    monkeypatch.setattr(Accuracy, "estimate", count)
+    oracle = ImplicitOracle(case.problem(), accuracy=0.1)
+    for i in range(36):
+        evaluations.append(i)
+        oracle.evaluate(case.problem().x + 1e-3 * i)
+    assert made[: len(expected)] == expected
+
+
 def test_the_bound_is_first_order():
     """At points nearer and nearer to y* the error tends to the formula Q' g_y - Y' r, and the bound holds."""
     case = nonconvex()
