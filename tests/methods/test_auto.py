@@ -10,7 +10,9 @@ import torch
 import torch_bilevel as tb
 from experiments import synthetic
 from tests.problems import CASES, Case, hyper_cleaning, nonconvex, one_by_one, quadratic, saddle
+from torch_bilevel.errors import NonFiniteError, SolverError
 from torch_bilevel.methods.auto import AutoRun
+from torch_bilevel.oracles.hessian import HyperHessian
 
 
 def per_feature_ridge(features: int = 16, samples: int = 40) -> Case:
@@ -147,9 +149,29 @@ def test_what_a_finish_is_judged_by(value, norm, first, slower, rates, back):
                              current=lambda: SimpleNamespace(value=value))  # fmt: skip
     run = SimpleNamespace(_trial=trial, active=active, counts=SimpleNamespace(oracle_calls=1100), _failed=0, _wait=0,
                           _go_first_order=lambda: gone.append(True))  # fmt: skip
+    run._give_up = lambda spent: AutoRun._give_up(run, spent)
     AutoRun._judge(run)
     assert bool(gone) == back
     assert run._wait == (1300 if back else 0)
+
+
+@pytest.mark.parametrize("error", [NonFiniteError, SolverError])
+def test_goes_back_to_lbfgs_where_a_hessian_fails_on_trial(hasty, error, monkeypatch):
+    """A Hessian that overflows is the trial's end, not the run's."""
+    failed = []
+
+    def fails(self, v):
+        failed.append(True)
+        raise error("a product overflowed", None)
+
+    monkeypatch.setattr(HyperHessian, "matvec", fails)
+    monkeypatch.setattr(HyperHessian, "to_dense", lambda self: fails(self, None))
+    problem = synthetic.build(synthetic.Config(n=200, condition=100.0), 0)
+    seen = tb.minimize(problem, "auto", max_steps=30, gradient_tol=0.0)
+    assert failed
+    assert len(seen.history) == 31
+    assert not any(phases(seen))
+    assert len(failed) <= 4  # it waits longer and longer
 
 
 def test_resume_after_going_back_is_bit_for_bit(hasty, tmp_path):

@@ -134,6 +134,26 @@ def test_a_small_gradient_ends_a_run_only_when_it_is_exact():
     assert not run.may_stop(1e-12)
 
 
+def test_a_bound_that_tells_nothing_lets_no_value_rise(monkeypatch):
+    """As where weights of 1e18 in float32 make the norms: evaluations are then at the default tolerances, and trusted."""
+    judge = Accuracy.judge
+
+    def absurd(self, ev):
+        judge(self, ev)
+        ev.precision.gradient, ev.precision.value = 1e13, 1e26
+
+    monkeypatch.setattr(Accuracy, "judge", absurd)
+    result = tb.minimize(nonconvex().problem(), "lbfgs", accuracy=0.1, max_steps=12, gradient_tol=1e-7)
+    values = [report.value for report in result.history]
+    assert all(after <= before + 1e-9 * (1 + abs(before)) for before, after in zip(values, values[1:]))
+    ev = ImplicitOracle(nonconvex().problem(), accuracy=0.1).evaluate()
+    assert ev.precision.tight
+    assert ev.value_bound == 1e26
+    assert ev.value_doubt == 0.0
+    ev.precision.tight = False
+    assert ev.value_doubt == 1e26
+
+
 def test_with_bounds_it_is_the_projected_gradient_that_counts():
     case = ill_conditioned()
     bounds = (0.5, 2.0)

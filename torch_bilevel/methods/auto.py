@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..counting import OracleCounts
 from ..derivatives import Objective
+from ..errors import NonFiniteError, NotStronglyConvexError, SolverError
 from ..lower.kept import is_exact
 from ..oracles import Evaluation, HyperOracle
 from ..oracles.hessian import KRYLOV_PRODUCTS
@@ -92,7 +93,13 @@ class AutoRun(Run):
             elif self.counts.oracle_calls >= self._wait and self._slow():
                 self._go_second_order(on_trial=True)
         before = self.active.current()
-        report = self.active.step()
+        try:
+            report = self.active.step()
+        except (NonFiniteError, NotStronglyConvexError, SolverError):
+            if self._trial is None:
+                raise
+            self._give_up(self.counts.oracle_calls - self._trial["calls"])
+            report = self.active.step()
         if not self.is_second_order:
             self._record()
             self._quadratic = report.accepted and is_quadratic(before, self.active.current())
@@ -154,12 +161,16 @@ class AutoRun(Run):
         converges = decades(trial["start"], trial["norm"]) >= CONVERGES
         slower = max(shares) < 1 or not converges and min(shares) * min(MOST, max(shares)) < CLEARLY
         if slower and (trial["first"] or trial["slower"]):
-            self._failed += 1
-            self._wait = calls + PATIENCE**self._failed * spent
-            self._go_first_order()
+            self._give_up(spent)
         else:
             self._trial = {**trial, "calls": calls, "value": value, "before": trial["norm"], "first": False,
                            "slower": slower}  # fmt: skip
+
+    def _give_up(self, spent: int) -> None:
+        """A trial that has cost so many calls: back to L-BFGS for some multiple of them."""
+        self._failed += 1
+        self._wait = self.counts.oracle_calls + PATIENCE**self._failed * spent
+        self._go_first_order()
 
     def hessian_cost(self) -> float:
         """A hyper-Hessian in evaluations, both in oracle calls: what its model and its lower factor would take over what an
@@ -307,7 +318,8 @@ def AUTO(
     A second phase that was begun for speed must prove it: before its second Hessian the decrease of value and gradient
     by the first is compared with that of L-BFGS for as many oracle calls. If both are less, or the product of the two
     shares is below a half, the run goes back to L-BFGS, which then has at least twice (four times, eight times, ...)
-    the calls of that trial. Before later Hessians it goes back if both are less for the second time running.
+    the calls of that trial. Before later Hessians it goes back if both are less for the second time running, and at once
+    where a system with its Hessian cannot be solved.
 
     Args:
         memory: of L-BFGS. period, cubic_reg, hessian, model_tol, max_basis: of the second phase, see DLCRN.

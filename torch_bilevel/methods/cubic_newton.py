@@ -263,7 +263,7 @@ class CubicNewtonRun(Run):
         lowest = float(tried.cubic.min_eigenvalue)
         reach = float(torch.linalg.vector_norm(new.gradient)) / (lowest * length) if lowest > 0 else math.inf
         value, new_value = float(ev.value), float(new.value)
-        noise = self._noise(value, new_value) + 0.1 * (ev.value_bound + new.value_bound)
+        noise = self._noise(value, new_value) + 0.1 * (ev.value_doubt + new.value_doubt)
         change = new_value - value
         # by the values: it went up, and no cubic function need be what did it
         told = change > max(3 * noise, 3 * self._lag, self.oracle.solution_noise(max(abs(value), abs(new_value))))

@@ -83,7 +83,7 @@ class LBFGSRun(Run):
 
     def _search(self, ev: Evaluation, direction: Tensor, slope: float) -> Trial | None:
         value = float(ev.value)
-        bound = min(ev.value_bound, max(NOISE * abs(value), -slope))  # a bound above both tells nothing
+        bound = min(ev.value_doubt, max(NOISE * abs(value), -slope))  # a bound above both tells nothing
         noise = self.oracle.solution_noise(abs(value)) + bound
         first = self.method.lr * self.scale * (1.0 if self.pairs else self._first_length(value, direction, slope))
         return strong_wolfe(lambda a: self._try(ev, a, direction), value, slope, first, noise)

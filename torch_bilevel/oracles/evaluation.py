@@ -106,6 +106,14 @@ class Evaluation:
         return 0.0 if self.precision is None else self.precision.value
 
     @property
+    def value_doubt(self) -> float:
+        """``value_bound`` where that is looser than the oracle's own tolerances, whose error ``solution_noise`` tells; else 0.
+
+        An evaluation is solved to these where its bound tells nothing, as with weights of 1e18 in float32.
+        """
+        return 0.0 if self.precision is None or self.precision.tight else self.precision.value
+
+    @property
     def y(self) -> Tensor:
         """(dy,): the lower solution as far as it is known without more work; ``lower`` gives it with its residual."""
         points = self.points

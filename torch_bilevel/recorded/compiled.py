@@ -12,6 +12,9 @@ from .calls import LinearCall
 from .graph import Recorded
 from .trace import Kind, Trace
 
+#: columns of a block up to which they go one by one, where nothing is recorded that does them at once
+FEW = 4
+
 
 class Program:
     """One loss, traced for the kinds of products that were asked for so far.
@@ -35,7 +38,7 @@ class Program:
 
 
 class Compiled(Recorded):
-    """A loss at one point, by compiled programs; blocks of directions in x and y by what is not compiled.
+    """A loss at one point, by compiled programs; blocks of many directions in x and y by what is not compiled.
 
     Args:
         inputs: x, y, and what else the program is given. calls: the linear maps by which the loss goes, if by nothing else.
@@ -85,7 +88,8 @@ class Compiled(Recorded):
         return parts.get("x"), parts.get("y")
 
     def block(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
-        return self.plain.apply(u, w, wrt)
+        few = (u if u is not None else w).shape[1] <= FEW and "plain" not in self.__dict__
+        return self.one_by_one(u, w, wrt) if few else self.plain.apply(u, w, wrt)
 
     def second(self, given: dict[Tensor, Tensor], inputs: list[Tensor], batched: bool = True) -> list[Tensor | None]:
         """As that of ``Phi``, for stacks of directions, which lie in memory as those with which it was first called."""

@@ -60,6 +60,11 @@ class Recorded(ABC):
                 return _joined(torch.cat, [self.block(*_columns(u, w, slice(i, i + self._columns)), wrt) for i in cuts])
             except RuntimeError:  # an operation without a vmap rule: one column at a time, from now on
                 self._has_vmap = False
+        return self.one_by_one(u, w, wrt)
+
+    def one_by_one(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
+        """As ``apply``, for a block, column by column."""
+        columns = (u if u is not None else w).shape[1]
         return _joined(torch.stack, [self.product(*_columns(u, w, j), wrt) for j in range(columns)])
 
     @abstractmethod
