@@ -26,6 +26,7 @@ class Program:
         self._record, self._inputs, self._what = record, inputs, what
         examples = dict(zip("xy", inputs))
         self._make({(tuple(given), tuple(wanted), None): [examples[name] for name in given] for given, wanted in kinds})
+        self.gradient = self._last.gradient  # which a new trace would not change
 
     def traced(self, kind: Kind | None = None, directions: list[Tensor] | None = None) -> Trace:
         """The last trace, or a new one where it lacks this kind."""
