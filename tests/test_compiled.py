@@ -14,11 +14,12 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 import torch_bilevel as tb
+from tests.objectives import check_derivatives, close, objective, randn
 from tests.reference import blocks
-from tests.test_outputs import LOSSES, randn
+from tests.test_outputs import LOSSES
+from tests.test_outputs import f as upper
+from tests.test_outputs import problem as outputs_problem
 from torch_bilevel import derivatives
-from torch_bilevel.counting import OracleCounts
-from torch_bilevel.derivatives import Objective
 from torch_bilevel.errors import ProblemError
 from torch_bilevel.linalg import own_stream
 from torch_bilevel.lower import LowerSystems
@@ -71,48 +72,8 @@ def small(monkeypatch):
     monkeypatch.setattr(calls, "PROBES", -100)
 
 
-def upper(x, y):
-    return ((y - 1) ** 2).cosh().sum() + (x * x).sum() / 10
-
-
 def problem(g, dx, dy):
-    return tb.BilevelProblem.from_functions(upper, g, randn(1, dx) / 2, randn(2, dy) / 4, check=False, compile=True)
-
-
-def objective(p, **terms):
-    return Objective(p, counts=OracleCounts(), **terms)
-
-
-def close(found, true):
-    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
-
-
-def check(h, function):
-    """Values, gradients and products of h against the dense derivatives of a function."""
-    x, y = h.problem.x, h.problem.y
-    xx, xy, yx, yy = blocks(function, x, y)
-    gx, gy = torch.func.grad(function, argnums=(0, 1))(x, y)
-    at = h.linearise(x, y)
-    assert isinstance(at._graph, Compiled)
-    for value, on_x, on_y in (h.gradient(x, y), (at.value, at.gx, at.gy)):
-        close(value, function(x, y))
-        close(on_x, gx)
-        close(on_y, gy)
-    assert h.gradient(x, y, "x")[2] is None
-    close(h.gradient(x, y, "y")[2], gy)
-    close(h.linearise(x, y, "y").yy(gy), yy @ gy)
-    for columns in ((), (5,)):
-        u, w = randn(5, len(x), *columns), randn(6, len(y), *columns)
-        close(at.yy(w), yy @ w)
-        close(at.xy(w), xy @ w)
-        close(at.yx(u), yx @ u)
-        close(at.xx(u), xx @ u)
-        close(at.x_part(u, w), xx @ u + xy @ w)
-        for found, true in zip(at.joint(u, w), (xx @ u + xy @ w, yx @ u + yy @ w)):
-            close(found, true)
-        for found, true in zip(at.joint(None, w), (xy @ w, yy @ w)):
-            close(found, true)
-    return at
+    return outputs_problem(g, dx, dy, compile=True)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -122,7 +83,7 @@ def test_programs_give_the_gradients_and_products_of_the_reference(name, small, 
     monkeypatch.setattr(derivatives, "USUAL", {})
     monkeypatch.setattr(derivatives, "OTHERS", kinds)  # else traced one after the other
     p = problem(g, dx, dy)
-    at = check(objective(p, lower=1.0), g)
+    at = check_derivatives(objective(p, lower=1.0), g, Compiled)
     assert (at._graph.by_outputs is None) == (name == "hidden")
     assert isinstance(at._graph.plain, Graph if name == "hidden" else Phi)
     v = randn(7, dy)
@@ -130,8 +91,8 @@ def test_programs_give_the_gradients_and_products_of_the_reference(name, small, 
     def lagrangian(x, y):
         return 2 * upper(x, y) - 3 * torch.dot(torch.func.grad(g, argnums=1)(x, y), v)
 
-    check(objective(p, upper=2.0, tangent=v, tangent_weight=-3.0), lagrangian)
-    check(objective(p, upper=1.0, lower=5.0), lambda x, y: upper(x, y) + 5 * g(x, y))
+    check_derivatives(objective(p, upper=2.0, tangent=v, tangent_weight=-3.0), lagrangian, Compiled)
+    check_derivatives(objective(p, upper=1.0, lower=5.0), lambda x, y: upper(x, y) + 5 * g(x, y), Compiled)
     other = objective(p, upper=1.0, tangent=2 * v)  # another v, another point: the same programs
     close(other.gradient(p.x + 1, p.y)[1], torch.func.grad(lambda x, y: upper(x, y) + 2 * torch.dot(
         torch.func.grad(g, argnums=1)(x, y), v))(p.x + 1, p.y))  # fmt: skip
@@ -265,6 +226,29 @@ def test_modes_of_modules_are_followed(uncompiled):
         weighted.learner[1].running_mean.add_(1)  # a buffer, changed in place
         weighted.learner.eval()
     same(plain.problem, compiled.problem)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_inputs_that_change_in_place_are_looked_at_again(frozen, small, uncompiled):
+    """The batch, and what a frozen layer makes of it, are the inputs of the outputs' Hessian as well."""
+    torch.manual_seed(0)
+    body = nn.Linear(D_IN, D_IN, dtype=D).requires_grad_(False)
+    pair = both(nn.Sequential(body, nn.Tanh(), nn.Linear(D_IN, K, dtype=D)) if frozen else None)
+    seen = []
+    for change in (False, True):
+        for weighted in pair if change else ():
+            if frozen:
+                weighted.learner[0].weight.mul_(2)
+            else:
+                weighted.problem.batch("lower")["X"].mul_(2)
+        found = []
+        for p in (weighted.problem for weighted in pair):
+            at = objective(p, lower=1.0).linearise(p.x, p.y)
+            found.append(OutputHessian.of(at).dense_yy())
+            close(found[-1], at.yy(torch.eye(p.dy, dtype=D)))
+        close(found[1], found[0])
+        seen.append(found[1])
+    assert (seen[0] - seen[1]).norm() > 1e-3
 
 
 def test_a_loader_is_not_compiled():

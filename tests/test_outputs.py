@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_bilevel as tb
+from tests.objectives import objective, randn
 from tests.reference import Reference, blocks, cleaning
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
@@ -20,10 +21,6 @@ from torch_bilevel.recorded import calls
 
 D = torch.float64
 N, FEATURES, CLASSES = 9, 7, 3
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
 
 
 X, LABELS = randn(0, N, FEATURES), torch.arange(N) % CLASSES
@@ -110,14 +107,13 @@ def f(x: Tensor, y: Tensor) -> Tensor:
     return ((y - 1) ** 2).cosh().sum() + (x * x).sum() / 10
 
 
-def problem(g, dx: int, dy: int, upper=f, dtype=D) -> tb.BilevelProblem:
+def problem(g, dx: int, dy: int, upper=f, dtype=D, compile: bool = False) -> tb.BilevelProblem:
     x, y = randn(1, dx) / 2, randn(2, dy) / 4
-    return tb.BilevelProblem.from_functions(upper, g, x.to(dtype), y.to(dtype), check=False)
+    return tb.BilevelProblem.from_functions(upper, g, x.to(dtype), y.to(dtype), check=False, compile=compile)
 
 
 def recorded(p: tb.BilevelProblem, **terms):
-    h = Objective(p, counts=OracleCounts(), **terms)
-    return h.linearise(p.x, p.y)
+    return objective(p, **terms).linearise(p.x, p.y)
 
 
 def found(at):

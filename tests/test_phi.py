@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch_bilevel as tb
+from tests.objectives import check_derivatives, close, objective, randn
 from tests.reference import blocks
-from tests.test_outputs import LOSSES, D, f, problem, randn
+from tests.test_outputs import LOSSES, D, f, problem
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
 from torch_bilevel.doctor import refuse_third_derivatives
@@ -27,40 +28,10 @@ def small(monkeypatch):
     monkeypatch.setattr(losses, "WORTH", 0)
 
 
-def objective(p, **terms):
-    return Objective(p, counts=OracleCounts(), **terms)
-
-
-def close(found, true):
-    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_and_products_are_those_of_the_reference(name):
     g, dx, dy, _ = LOSSES[name]
-    h = objective(problem(g, dx, dy), lower=1.0)
-    x, y = h.problem.x, h.problem.y
-    xx, xy, yx, yy = blocks(g, x, y)
-    gx, gy = torch.func.grad(g, argnums=(0, 1))(x, y)
-    at = h.linearise(x, y)
-    assert isinstance(at._graph, Phi)
-    for value, on_x, on_y in (h.gradient(x, y), (at.value, at.gx, at.gy)):
-        close(value, g(x, y))
-        close(on_x, gx)
-        close(on_y, gy)
-    assert h.gradient(x, y, "x")[2] is None
-    close(h.gradient(x, y, "y")[2], gy)
-    for columns in ((), (5,)):
-        u, w = randn(5, dx, *columns), randn(6, dy, *columns)
-        close(at.yy(w), yy @ w)
-        close(at.xy(w), xy @ w)
-        close(at.yx(u), yx @ u)
-        close(at.xx(u), xx @ u)
-        close(at.x_part(u, w), xx @ u + xy @ w)
-        for found, true in zip(at.joint(u, w), (xx @ u + xy @ w, yx @ u + yy @ w)):
-            close(found, true)
-        for found, true in zip(at.to_x(w), (xy @ w, yy @ w)):
-            close(found, true)
+    check_derivatives(objective(problem(g, dx, dy), lower=1.0), g, Phi)
 
 
 @pytest.mark.parametrize("name", ["linear_layer", "added_bias", "two_tasks", "several_outputs"])

@@ -128,15 +128,15 @@ class Objective:
         found = dict(zip(wrt, parts))
         return value, found.get("x"), found.get("y")
 
-    def calls(self, x: Tensor, y: Tensor) -> list[LinearCall]:
+    def calls(self, x: Tensor, y: Tensor, anew: bool = False) -> list[LinearCall]:
         """The linear maps of fixed inputs that f and g make, as far as it uses them, in the order of its calls.
 
-        None of them where the data comes in chunks, where they would save less than half of the products with h_yy, or in
-        bfloat16, where rounding hides what is not of this kind.
+        As last seen, or ``anew`` where their inputs may have changed. None of them where the data comes in chunks, where they
+        would save less than half of the products with h_yy, or in bfloat16, where rounding hides what is not of this kind.
         """
         if y.numel() <= calls.SMALL or not self.is_single or y.dtype not in (torch.float32, torch.float64):
             return []
-        found = [call for level, used in self.uses.items() if used for call in look(self.problem, level, x, y)]
+        found = [call for level, used in self.uses.items() if used for call in look(self.problem, level, x, y, anew)]
         return found if worth_it(found, y.numel()) else []
 
     def is_chain(self, x: Tensor, y: Tensor) -> bool:
@@ -162,7 +162,7 @@ class Objective:
         """h at one point, where its data is one batch."""
         if compiled:
             program, inputs = self._program(x, y)
-            calls = self.calls(x, y) if self.is_chain(x, y) else None
+            calls = (lambda: self.calls(x, y, anew=True)) if self.is_chain(x, y) else None
             return Compiled(program, inputs, wrt, calls, lambda: self.record(x, y, wrt, compiled=False))
         if self.is_chain(x, y):
             return Phi(self, x, y, wrt)
@@ -188,8 +188,7 @@ class Objective:
                         setattr(h, name, weight)  # instead of 1
                 return h.record(x, y, compiled=False)
 
-            for call in self.calls(x, y) if self.is_chain(x, y) else []:
-                call.settle()  # what is found out by looking at values, before it is traced
+            self.is_chain(x, y)  # found out by looking at values, before it is traced
             what = " and ".join(problem.words[level] for level, is_used in self.uses.items() if is_used)
             problem.seen.programs[key] = Program(record, inputs, USUAL.get(kind, OTHERS), what)
         return problem.seen.programs[key], inputs

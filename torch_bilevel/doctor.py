@@ -100,7 +100,9 @@ def refuse_third_derivatives(at: Linearisation) -> None:
         found = _nodes_in(node, NO_THIRD)
     elif at.objective.is_compiled:
         key = problem.signature()
-        found = problem.seen.third[key] = problem.seen.third[key] if key in problem.seen.third else _third(problem)
+        if key not in problem.seen.third:
+            problem.seen.third[key] = _third(problem)
+        found = problem.seen.third[key]
     else:
         found = _third(problem)
     if found:

@@ -19,7 +19,6 @@ from .sparse import SparseMatrix, samples
 if TYPE_CHECKING:
     from .recorded import LinearCall, Program
 
-_NONE = object()
 Piece = tuple[float, Callable[[Tensor, Tensor], Tensor]]
 
 
@@ -189,7 +188,7 @@ class BilevelProblem:
         self.dtype, self.device = self.y_layout.dtype, self.y_layout.device
         self.reduction, self.seed, self.compile = reduction, seed, compile
         self._totals: dict[str, int] = {}
-        self._flattened: tuple = (_NONE, _NONE), None
+        self._flattened: tuple | None = None
         self.seen = Seen()
 
     # -- the user's tensors ---------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ class BilevelProblem:
     def _flat(self) -> tuple[list[Tensor], tuple]:
         """The tensors of the batches, and all that is not their numbers; flattened once for the same batches."""
         batches = tuple(self._batches.values())
-        if not all(a is b for a, b in zip(self._flattened[0], batches)):
+        if self._flattened is None or any(a is not b for a, b in zip(self._flattened[0], batches)):
             leaves, spec = tree_flatten(self._batches)
             others = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
             self._flattened = batches, ([leaf for leaf in leaves if isinstance(leaf, Tensor)], (str(spec), others))

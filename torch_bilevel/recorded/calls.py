@@ -83,9 +83,11 @@ class LinearCall:
         ones = 0 if self.bias is None else len(self.X)
         return (torch.linalg.vector_norm(self.X) ** 2 + ones).sqrt()
 
-    def settle(self) -> None:
-        """Find out where its entries lie, which ``on`` takes over."""
-        _ = self.index, self.entries, self.offsets
+    def is_current(self, data: list[Tensor]) -> bool:
+        """Whether its inputs are one of these tensors, not written to since it was seen: else they may be others by now."""
+        storage = self.source.untyped_storage().data_ptr()
+        held = any(tensor.untyped_storage().data_ptr() == storage for tensor in data)
+        return held and self.signs[: len(_sign(self.source)) + 1] == (*_sign(self.source), _version(self.source))
 
     def on(self, X: Tensor, shape: torch.Size) -> LinearCall:
         """The same entries of y with other inputs."""
@@ -254,7 +256,9 @@ class Watch(TorchFunctionMode):
         if i < len(self.known) and self.known[i].signs == signs:
             return self.known[i]
         X = note["X"].reshape(-1, note["X"].shape[-1])
-        return LinearCall(shape, X, note["weights"], note["bias"], note["X"], signs)
+        call = LinearCall(shape, X, note["weights"], note["bias"], note["X"], signs)
+        _ = call.index, call.entries, call.offsets  # by looking at values, as nobody can who traces
+        return call
 
 
 def _as_slice(index: Tensor) -> Tensor | slice:
@@ -282,12 +286,16 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def look(problem: BilevelProblem, level: str, x: Tensor, y: Tensor) -> list[LinearCall]:
+def look(problem: BilevelProblem, level: str, x: Tensor, y: Tensor, anew: bool = False) -> list[LinearCall]:
     """The linear maps of fixed inputs in the loss of a level, whose data is one batch.
 
-    Cost: an evaluation of the loss where it was not evaluated on these data before; not counted, like the checks of a problem.
+    Args:
+        anew: look again where the inputs may have changed since they were seen: features of a network, say.
+
+    Cost: an evaluation of the loss where it is looked at; not counted, like the checks of a problem.
     """
-    if level not in problem.seen.calls:
+    known = problem.seen.calls.get(level)
+    if known is None or anew and not all(call.is_current(problem.tensors()) for call in known):
         x, y = x.detach().clone().requires_grad_(True), y.detach().clone().requires_grad_(True)
         with torch.enable_grad(), Watch(y, problem.seen, level) as watch:
             next(iter(problem.pieces(level)))[1](x, y)

@@ -12,7 +12,7 @@ from .calls import LinearCall
 from .graph import Recorded
 from .trace import Kind, Trace
 
-#: columns of a block up to which they go one by one, where nothing is recorded that does them at once
+#: columns of a block up to which they go one by one, rather than by what is recorded for it
 FEW = 4
 
 
@@ -42,7 +42,7 @@ class Compiled(Recorded):
     """A loss at one point, by compiled programs; blocks of many directions in x and y by what is not compiled.
 
     Args:
-        inputs: x, y, and what else the program is given. calls: the linear maps by which the loss goes, if by nothing else.
+        inputs: x, y, and what else the program is given. calls: finds the linear maps by which the loss goes, if by nothing else.
         plain: records the same without compiling, where that is needed.
 
     Attributes: as ``Phi`` has them where there are calls, but that the z are empty.
@@ -51,11 +51,12 @@ class Compiled(Recorded):
     complete = True
 
     def __init__(
-        self, program: Program, inputs: list[Tensor], wrt: str, calls: list[LinearCall] | None, plain: Callable[[], Recorded]
-    ):
+        self, program: Program, inputs: list[Tensor], wrt: str, calls: Callable[[], list[LinearCall]] | None,
+        plain: Callable[[], Recorded],
+    ):  # fmt: skip
         self.x, self.y, self.wrt, self._plain = *inputs[:2], wrt, plain
         super().__init__(self.x.numel() + self.y.numel(), large=False)
-        self._program, self._inputs, self._calls = program, inputs, calls
+        self._program, self._inputs, self._find_calls = program, inputs, calls
         self._trace = program.traced()
         (self.value, *gradient), self._values = self._trace.begin(inputs, wrt)
         parts = dict(zip(wrt, gradient))
@@ -68,15 +69,15 @@ class Compiled(Recorded):
 
     @property
     def by_outputs(self) -> Compiled | None:
-        return None if self._calls is None else self
+        return None if self._find_calls is None else self
 
-    @property
+    @cached_property
     def calls(self) -> list[LinearCall]:
-        return self._calls
+        return self._find_calls()
 
     @cached_property
     def zs(self) -> list[Tensor]:
-        return [self.y.new_empty(call.shape) for call in self._calls]
+        return [self.y.new_empty(call.shape) for call in self.calls]
 
     def is_gradient(self, gy: Tensor) -> bool:
         """Its own; found out before it was traced."""
@@ -89,15 +90,16 @@ class Compiled(Recorded):
         return parts.get("x"), parts.get("y")
 
     def block(self, u: Tensor | None, w: Tensor | None, wrt: str) -> tuple[Tensor | None, Tensor | None]:
-        few = (u if u is not None else w).shape[1] <= FEW and "plain" not in self.__dict__
+        few = (u if u is not None else w).shape[1] <= FEW
         return self.one_by_one(u, w, wrt) if few else self.plain.apply(u, w, wrt)
 
-    def second(self, given: dict[Tensor, Tensor], inputs: list[Tensor], batched: bool = True) -> list[Tensor | None]:
+    def second(self, given: dict[Tensor, Tensor], inputs: list[Tensor], batched: bool = False) -> list[Tensor | None]:
         """As that of ``Phi``, for stacks of directions, which lie in memory as those with which it was first called."""
         names = {self.x: "x", self.y: "y"} | {z: f"z{i}" for i, z in enumerate(self.zs)}
         columns = len(next(iter(given.values())))
         kind = tuple(names[leaf] for leaf in given), tuple(names[leaf] for leaf in inputs), columns
-        return self._product(kind, list(given.values()))
+        parts = self._product(kind, list(given.values()))
+        return parts if batched else [None if part is None else part[0] for part in parts]
 
     def _product(self, kind: Kind, directions: list[Tensor]) -> list[Tensor | None]:
         if kind not in self._trace.kinds:

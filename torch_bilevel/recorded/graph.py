@@ -36,11 +36,6 @@ class Recorded(ABC):
         self._columns = BLOCK if large else SMALL_BLOCK
 
     @property
-    def plain(self) -> Recorded:
-        """The same, not compiled."""
-        return self
-
-    @property
     def by_outputs(self) -> Any:
         """Itself, where it has leaves in the place of the outputs of linear calls, and ``second``; else None."""
         return None
