@@ -5,10 +5,10 @@
 *Row by row* is how public code of the papers builds its Hessians: the gradient of each of the two penalty functions in
 (x, y), then one backward pass per entry, taken by indexing (``gradient[i]``) or by iterating (``for entry in
 gradient``). Both sides start from the same (x, y*) and end with the same matrix; ours is timed from nothing recorded
-and nothing factored, and also as in a run, where the evaluation of the gradient has left its factor; both also with compiled
-losses, timed after compilation. australian: dx =
-483, dy = 30, float64. MNIST-5000: dx = 5000, dy = 7850, float32; there row by row is timed on a few rows and
-extrapolated. Floor: the operations of the closed form at the measured rate of matrix products.
+and nothing factored, and also as in a run, where the evaluation of the gradient has left its factor; both also with
+compiled losses, timed after compilation. australian: dx = 483, dy = 30, float64. MNIST-5000: dx = 5000, dy = 7850,
+float32; there row by row is timed on a few rows and extrapolated. Floor: the operations of the closed form at the
+measured rate of matrix products.
 """
 
 from __future__ import annotations
