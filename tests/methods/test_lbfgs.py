@@ -10,7 +10,7 @@ import torch
 import torch_bilevel as tb
 from tests.problems import hyper_cleaning, nonconvex, quadratic
 from torch_bilevel.methods import lbfgs
-from torch_bilevel.methods.lbfgs import inverse_product
+from torch_bilevel.methods.lbfgs import _diagonal, inverse_product
 from torch_bilevel.methods.line_search import Trial, _cubic_minimum, strong_wolfe
 
 
@@ -246,11 +246,19 @@ def test_the_diagonal_scaling_keeps_the_secant_equation_and_undoes_the_scales_of
     pairs = [(s, scales * s) for s in torch.randn(4, 6, generator=gen, dtype=torch.float64)]
     s, y = pairs[-1]
     assert torch.allclose(inverse_product(y, pairs, None, "diagonal"), s)
-    one = pairs[-1:]  # a diagonal function: the diagonal is its inverse, whatever the gradient
-    g = torch.randn(6, generator=gen, dtype=torch.float64)
-    assert torch.allclose(inverse_product(g, one, None, "diagonal"), g / scales)
     with pytest.raises(tb.ConfigError, match="scaling 'diag' is not known"):
         tb.LBFGS(scaling="diag")
+
+
+@pytest.mark.parametrize("count", [1, 4, 36])
+def test_the_diagonal_scaling_counts_for_as_much_as_there_are_pairs(count):
+    """Of a diagonal function k pairs give its inverse to the power k / (k + 4), at the mean curvature of the last."""
+    gen = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-0.5, 0.5, 6, dtype=torch.float64)
+    pairs = [(s, scales * s) for s in torch.randn(count, 6, generator=gen, dtype=torch.float64)]
+    (s, y), size = pairs[-1], scales ** (-count / (count + 4))
+    expected = size * (torch.dot(s, y) / torch.dot(y, size * y))
+    torch.testing.assert_close(_diagonal(pairs, torch.dot(s, y) / torch.dot(y, y)), expected)
 
 
 def test_the_first_diagonal_direction_moves_small_gradients_too():
@@ -260,6 +268,14 @@ def test_the_first_diagonal_direction_moves_small_gradients_too():
     torch.testing.assert_close(found, torch.tensor([-4.0, 2.0, 0.4, 4e-5, 0.0], dtype=torch.float64))
     assert torch.equal(inverse_product(g, [], None), g)
     assert torch.equal(inverse_product(0 * g, [], None, "diagonal"), 0 * g)
+
+
+def test_a_first_gradient_that_is_even_is_left_as_it_is():
+    """One of normally distributed components is; one whose sizes differ by orders of magnitude is not."""
+    even = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(inverse_product(even, [], None, "diagonal"), even)
+    uneven = even * torch.logspace(-2, 0, 1000, dtype=torch.float64)
+    assert not torch.allclose(inverse_product(uneven, [], None, "diagonal"), uneven)
 
 
 @pytest.mark.parametrize("scaling", ["scalar", "diagonal"])

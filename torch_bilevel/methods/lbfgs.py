@@ -25,6 +25,10 @@ FORESEEN = 0.1
 NOISE = 1e-3
 #: initial inverse Hessians of the recursion, and how far a diagonal one may be from its scalar
 SCALINGS, SPREAD = ("scalar", "diagonal"), 10.0
+#: pairs that tell as much of a diagonal one as there is chance in them
+CHANCE = 4
+#: |g|_1^2 / (dx |g|_2^2) from which a first gradient is even (normally distributed ones have 0.64, exponential ones 0.5)
+EVEN = 0.5
 
 
 @final
@@ -157,13 +161,15 @@ def inverse_product(
 
 
 def _levelled(gradient: Tensor) -> Tensor:
-    """Halfway, on a logarithmic scale, from the gradient to its signs, for components within 1e-2 of the largest.
+    """Halfway, on a logarithmic scale, from a gradient that is not EVEN to its signs, for components within 1e-2 of the largest.
 
     Where gradients differ by orders of magnitude (an L2 weight per feature), nothing moves along the gradient but the largest.
     Adam goes all the way to the signs.
     """
     size = gradient.abs()
     top = size.max()
+    if size.sum() ** 2 >= EVEN * len(size) * torch.dot(gradient, gradient):
+        return gradient
     return gradient / (size / torch.where(top > 0, top, 1.0)).clamp_min(1 / SPREAD**2).sqrt()
 
 
@@ -171,12 +177,14 @@ def _diagonal(pairs: list[tuple[Tensor, Tensor]], scalar: Tensor) -> Tensor:
     """Per component the root mean square of s over that of y, brought to the mean curvature of the last pair.
 
     Where a hyperparameter's gradient changes little as it moves, it may move further. Within ten times the scalar. Pairs are
-    weighed by 1 / s'y, which gives short steps near the end the say that the long ones had at first.
+    weighed by 1 / s'y, which gives short steps near the end the say that the long ones had at first. The quotient of a few
+    numbers is chance in part: its logarithm counts for k / (k + CHANCE) of what k pairs say, as in an estimate with a prior.
     """
+    trust = len(pairs) / (len(pairs) + CHANCE)
     y, (steps, changes) = pairs[-1][1], map(torch.stack, zip(*pairs))
     weights = 1 / (steps * changes).sum(1, keepdim=True)
     moved, changed = (weights * steps.square()).sum(0), (weights * changes.square()).sum(0)
-    ratio = (moved / changed.clamp_min(torch.finfo(y.dtype).tiny)).sqrt()
+    ratio = (moved / changed.clamp_min(torch.finfo(y.dtype).tiny)).pow(0.5 * trust)
     mean = torch.dot(y, ratio * y) / torch.dot(y, y)
     return (ratio * (scalar / mean)).clamp(scalar / SPREAD, scalar * SPREAD)
 
@@ -195,9 +203,9 @@ def LBFGS(*, lr: float = 1.0, memory: int = 10, scaling: str = "scalar", **oracl
             off the value and moves no hyperparameter by more than max(1, |x|_inf).
         memory: pairs kept, default 10.
         scaling: initial inverse Hessian of the recursion: 'scalar', s'y / y'y of the last pair (default, as in the book), or
-            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, each weighed by 1 / s'y, within
-            ten times the scalar, and a first direction g_i / sqrt|g_i|; no component of a later direction is then longer
-            than 4 max(1, |x|_inf).
+            'diagonal' (ours, of `auto`): per hyperparameter |s_i| / |y_i| over the pairs, each weighed by 1 / s'y, to the
+            power k / (k + 4) of k pairs, within ten times the scalar, and a first direction g_i / sqrt|g_i| where the
+            gradient is uneven, |g|_1^2 < dx |g|_2^2 / 2; no component of a later direction is longer than 4 max(1, |x|_inf).
         oracle: options of ImplicitOracle.
 
     Cost of a step: one evaluation per trial length, mostly one.
