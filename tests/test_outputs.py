@@ -710,3 +710,60 @@ def test_where_float32_is_too_rough_float64_takes_over_for_good(mixed, monkeypat
     assert found.ok
     assert not systems._single
     assert torch.linalg.vector_norm(at.yy(found.x) - b) <= 1e-11 * torch.linalg.vector_norm(b)
+
+
+@pytest.fixture
+def factored(monkeypatch):
+    """Float64 Hessians of a test's size count as dear enough for float32 factors."""
+    monkeypatch.setattr(prices, "WORTH_SINGLE_FACTOR", 0)
+
+
+def test_a_factor_that_only_preconditions_is_made_in_float32(factored):
+    """Solves are as good as ever; for the many of a hyper-Hessian there is one in float64, at the point itself."""
+    _, p = cleaning_problem()
+    systems, at, b = LowerSystems(), recorded(p, lower=1.0), randn(5, p.dy)
+    dense = at.yy(torch.eye(p.dy, dtype=D))
+    found = systems.solve(at, b, tol=1e-10)
+    assert found.ok
+    torch.testing.assert_close(found.x, torch.linalg.solve(dense, b), rtol=1e-8, atol=1e-8)
+    assert systems.factor.dtype is torch.float32
+    assert at.factor is None
+    assert 1 <= found.iterations <= 3
+    L = systems.factor.L.double()
+    torch.testing.assert_close(L @ L.mT, dense, rtol=1e-5, atol=1e-5)
+    systems.prepare(at)
+    assert systems.factor.dtype is D
+    assert at.factor is systems.factor
+    exact = systems.solve(at, b, tol=1e-10)
+    assert (exact.iterations, exact.ok) == (0, True)
+
+
+def test_a_float32_factor_is_cheaper_in_the_ladder_and_survives_a_checkpoint(factored):
+    _, p = cleaning_problem()
+    systems, at = LowerSystems(), recorded(p, lower=1.0)
+    assert systems.ladder(at).prices[p.dy] < systems.ladder(at, attach=True).prices[p.dy]
+    systems.solve(at, randn(5, p.dy), tol=1e-10)
+    other = LowerSystems()
+    other.load_state_dict(systems.state_dict(), p)
+    assert torch.equal(other.factor.L, systems.factor.L)
+    assert other.kept.is_born_at(at)
+
+
+@pytest.mark.parametrize(("sizes", "trusted"), [((0.0, 0.0), True), ((-18.0, 18.0), False)])
+def test_where_a_float32_factor_fails_there_is_one_in_float64(factored, monkeypatch, sizes, trusted):
+    """Not positive definite in float32; positive definite, but of no use: then float32 is tried no more."""
+    p, real = cleaning_problem()[1], OutputHessian.dense_yy
+
+    def spoilt(self):
+        A = real(self)
+        sign = -1.0 if trusted else 1.0
+        return A if A.dtype is D else torch.diag(sign * torch.logspace(*sizes, len(A)))
+
+    monkeypatch.setattr(OutputHessian, "dense_yy", spoilt)
+    systems, at, b = LowerSystems(), recorded(p, lower=1.0), randn(5, p.dy)
+    found = systems.solve(at, b, tol=1e-10)
+    assert found.ok
+    assert torch.linalg.vector_norm(at.yy(found.x) - b) <= 1e-9 * torch.linalg.vector_norm(b)
+    assert systems._single == trusted
+    assert systems.factor.dtype is D
+    assert (at.factor is systems.factor) == (not trusted)

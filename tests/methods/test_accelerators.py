@@ -8,8 +8,9 @@ import torch
 import torch_bilevel as tb
 from tests.problems import ill_conditioned, nonconvex
 from torch_bilevel import folding
-from torch_bilevel.lower import kept
+from torch_bilevel.lower import chord, kept
 from torch_bilevel.methods.model import HessianModel
+from torch_bilevel.outputs import prices
 from torch_bilevel.recorded import calls, graph
 
 CASES = {"nonconvex": nonconvex(), "ill_conditioned": ill_conditioned()}
@@ -51,6 +52,17 @@ def by_outputs(monkeypatch):
     return {}
 
 
+def float32_factors(monkeypatch):
+    """Of float64 Hessians of a test's size."""
+    monkeypatch.setattr(prices, "WORTH_SINGLE_FACTOR", 0)
+    return by_outputs(monkeypatch)
+
+
+def no_chords(monkeypatch):
+    monkeypatch.setattr(chord, "MOST", 0)
+    return {}
+
+
 def krylov(monkeypatch):
     return {"hessian": "krylov"}
 
@@ -70,8 +82,8 @@ def ritz_vectors(monkeypatch):
 
 
 SETTINGS = (
-    nothing, folded, single_products, by_outputs, nothing_kept, a_factor_everywhere, sketches, krylov, uncorrected,
-    ritz_vectors,
+    nothing, folded, single_products, by_outputs, float32_factors, no_chords, nothing_kept, a_factor_everywhere, sketches,
+    krylov, uncorrected, ritz_vectors,
 )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def test_resume_after_going_back_is_bit_for_bit(hasty, tmp_path):
         assert resumed.counts.as_dict() == whole.counts.as_dict()
 
 
-def test_bounds_are_kept_in_both_phases():
+def test_bounds_are_kept_in_both_phases(hasty):
     problem, seen = nonconvex().problem(), []
     result = tb.minimize(problem, "auto", bounds=(-0.5, 0.8), max_steps=60,
                          callback=lambda report, x, y: seen.append(x.clone()))  # fmt: skip

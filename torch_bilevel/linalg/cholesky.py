@@ -49,7 +49,7 @@ class CholeskyFactor:
             )
         self.n, self.dtype, self.device, self.products = A.shape[0], A.dtype, A.device, products
         original = A.clone() if overwrite and self.n <= MAX_EIGENVALUE_SIZE else A
-        finite = bool(A.isfinite().all())
+        finite = bool(A.sum().isfinite()) or bool(A.isfinite().all())  # the sum may overflow, and is much cheaper
         if self.n > 2 * BLOCK and is_for_onednn(A, A):
             L = A if overwrite else A.clone()
             info = factor_by_halves(L)
@@ -97,7 +97,7 @@ class CholeskyFactor:
         return text
 
     def solve(self, B: Tensor) -> Tensor:
-        """A^{-1} B by two triangular solves: (n,) or (n, k) -> same shape.
+        """A^{-1} B by two triangular solves, in the factor's precision: (n,) or (n, k) -> same shape and dtype.
 
         Two ``solve_triangular`` beat ``cholesky_solve`` tenfold on one vector (n = 7850, CPU).
 
@@ -108,8 +108,8 @@ class CholeskyFactor:
             raise RuntimeError(self.describe())
         if B.shape[0] != self.n or B.ndim not in (1, 2):
             raise ValueError(f"B: expected ({self.n},) or ({self.n}, k), got {tuple(B.shape)}.")
-        X = B.unsqueeze(1) if B.ndim == 1 else B
-        X = solve_triangular(self.L.mT, solve_triangular(self.L, X, upper=False), upper=True)
+        X = (B.unsqueeze(1) if B.ndim == 1 else B).to(self.dtype)
+        X = solve_triangular(self.L.mT, solve_triangular(self.L, X, upper=False), upper=True).to(B.dtype)
         return X.squeeze(1) if B.ndim == 1 else X
 
     __call__ = solve
@@ -128,7 +128,7 @@ class CholeskyFactor:
             return self.solve
         if self._inverse is None:
             self._inverse = torch.cholesky_inverse(self.L)
-        return self._inverse.__matmul__
+        return lambda B: (self._inverse @ B.to(self.dtype)).to(B.dtype)
 
 
 def factor_by_halves(A: Tensor) -> Tensor:

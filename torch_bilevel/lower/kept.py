@@ -62,9 +62,9 @@ def is_exact(n: int) -> bool:
     return n <= MAX_AUTO_FACTOR
 
 
-def factor_price(n: int, calls: list[LinearCall]) -> float:
-    """What a Cholesky factor costs, in products with one vector."""
-    return min(price(calls, n**3 / 6), n / BLOCK_DISCOUNT) if calls else n / BLOCK_DISCOUNT
+def factor_price(n: int, calls: list[LinearCall], single: bool = False) -> float:
+    """What a Cholesky factor costs, in float32 or not, in products with one vector."""
+    return min(price(calls, n**3 / 6, single), n / BLOCK_DISCOUNT) if calls else n / BLOCK_DISCOUNT
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ class Ladder:
     applying: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, n: int, dtype: torch.dtype, calls: list[LinearCall]) -> Ladder:
-        """That of a Hessian which is one of its outputs with these calls, or, without calls, known by its products alone."""
+    def of(cls, n: int, dtype: torch.dtype, calls: list[LinearCall], single: bool = False) -> Ladder:
+        """That of a Hessian which is one of its outputs with these calls, or, without calls, known by its products alone;
+        ``single``: whose factor is made in float32."""
         plain = {level: level / BLOCK_DISCOUNT for level in KeptFactor.levels(n, dtype)}
         if not calls:
             return cls(n, plain)
@@ -92,7 +93,7 @@ class Ladder:
         ranks = {rows: r for rows, r in corner_ranks(calls).items() if rows < n} if fits else {}
         prices = {rows: kronecker_price(calls, r) for rows, r in ranks.items()} or {k: v for k, v in plain.items() if k < n}
         if n in plain:
-            prices[n] = factor_price(n, calls)
+            prices[n] = factor_price(n, calls, single)
         applying = {n: factor_application(calls, n), **{rows: kronecker_application(calls, rows) for rows in ranks}}
         return cls(n, prices, tuple(ranks), applying)
 
@@ -119,6 +120,7 @@ class KeptFactor:
         factor: what preconditions now, or None. level: its rank, n for Cholesky, 0 for none.
         spent, missed: products that making it anew, and another level, could have saved since the last making.
         rate: iterations per decade of accuracy, lately; None before the first solve.
+        contraction: what a chord step with it left lately; None before the first one.
     """
 
     def __init__(self) -> None:
@@ -130,6 +132,7 @@ class KeptFactor:
         self._seen = 0
         self._kronecker_rate: float | None = None  # of the Kronecker preconditioner, when last new
         self._ritz_steps = 0  # iterations of the solve whose Ritz vectors are kept
+        self.contraction: float | None = None
 
     @staticmethod
     def levels(n: int, dtype: torch.dtype) -> list[int]:
@@ -161,7 +164,7 @@ class KeptFactor:
     def give_up(self) -> None:
         """Keep nothing."""
         self.factor = self.born = None
-        self.level, self._seen, self._fresh = 0, 0, None
+        self.level, self._seen, self._fresh, self.contraction = 0, 0, None, None
 
     def is_born_at(self, at: Linearisation) -> bool:
         """Whether what is kept was made at this very point, for this objective."""
@@ -228,21 +231,24 @@ class KeptFactor:
         other = next((level for level in ladder.prices if level > self.level), back)
         return other if other is not None and missed > ladder.prices[other] else None
 
-    def make(self, level: int, operator: LowerHessian, at: Linearisation) -> Factor:
+    def make(self, level: int, operator: LowerHessian, at: Linearisation, *, single: bool = False) -> Factor:
         """The factor (level n), Kronecker preconditioner or sketch of the operator at a recorded point; kept if it succeeds.
 
-        Look at ``.ok``.
+        Look at ``.ok``. ``single``: the factor in float32, by the learner's outputs, where rounding lets it.
 
         Cost: that of a ``KroneckerPreconditioner``; or ``level`` products in blocks, or those of ``OutputHessian``, and
             n^3 / 3 multiplications and n^2 numbers, or about 8 n level^2 and 3 n level.
         """
         at.objective.counts.add(factorisations=1)
         if level >= operator.n:
-            made = CholeskyFactor(operator.to_dense(), overwrite=True)
+            made = CholeskyFactor(operator.single_to_dense(), overwrite=True) if single else None
+            if made is None or not made.ok:
+                made = CholeskyFactor(operator.to_dense(), overwrite=True)
         else:
             operator.find_outputs()
             made = operator.kronecker_preconditioner(level) or nystrom(operator, level)
-        self.level, self.spent, self.missed, self._seen, self._fresh = level, 0.0, 0.0, 0, None
+        self.level, self.spent, self.missed = level, 0.0, 0.0
+        self._seen, self._fresh, self.contraction = 0, None, None
         if made.ok:
             self.factor, self.born = made, _birth(at)
         elif level < operator.n:
@@ -254,23 +260,26 @@ class KeptFactor:
         small = self.is_cholesky() and is_exact(self.factor.n)
         ritz = [self.factor.U, self.factor.eigenvalues] if self.is_recycled() else None
         return {"L": self.factor.L if small else None, "ritz": ritz, "ritz_steps": self._ritz_steps,
-                "born": None if small or self.factor is None else self.born,
+                "born": None if self.factor is None else self.born,
+                "single": self.is_cholesky() and self.factor.dtype is not self.born["y"].dtype,
                 "level": self.level, "spent": [self.spent, self.missed],
-                "rates": [self.rate, self._fresh, self._seen, self._kronecker_rate]}  # fmt: skip
+                "rates": [self.rate, self._fresh, self._seen, self._kronecker_rate, self.contraction]}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem, operator) -> None:
         """``operator``: the system's operator at a recorded point. A run's state is loaded more than once."""
         born = state["born"]
-        if born is None or not (self.factor is not None and self.level == state["level"] and self._is_born(born)):
-            self.factor = None if state["L"] is None else CholeskyFactor.from_lower(state["L"])
+        if born is None or state["L"] is not None or not (
+            self.factor is not None and self.level == state["level"] and self._is_born(born)
+        ):
+            self.factor, self.born = None if state["L"] is None else CholeskyFactor.from_lower(state["L"]), born
             if state["ritz"] is not None:
                 self.factor = NystromPreconditioner(*state["ritz"])
         if born is not None and self.factor is None:
             h = Objective(problem, upper=born["upper"], lower=born["lower"], counts=OracleCounts())
             at = h.linearise(born["x"], born["y"], "y")
-            self.make(state["level"], operator(at), at)
+            self.make(state["level"], operator(at), at, single=state["single"])
         self.level, (self.spent, self.missed) = state["level"], state["spent"]
-        self.rate, self._fresh, self._seen, self._kronecker_rate = state["rates"]
+        self.rate, self._fresh, self._seen, self._kronecker_rate, self.contraction = state["rates"]
         self._ritz_steps = state["ritz_steps"]
 
     def _is_born(self, where: dict[str, Any]) -> bool:

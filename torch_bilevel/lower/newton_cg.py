@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..derivatives import Objective
 from ..linalg import SolveStatus
+from .chord import chord_steps
 from .gradient import lipschitz_estimate
 from .solver import REDUCTION, LowerResult, LowerSolver, LowerStatus
 from .systems import LowerSystems, tolerance_of_step
@@ -19,7 +20,7 @@ NEAR = 0.05
 
 @final
 class NewtonCG(LowerSolver):
-    """Inexact Newton: solve h_yy p = -h_y to a forcing tolerance, halve p until h decreases.
+    """Inexact Newton: solve h_yy p = -h_y to a forcing tolerance, halve p until h decreases; after ``chord_steps``.
 
     The error after a step is estimated without another solve, |p| |h_y(y + p)| / |h_y(y)|, the quotient at least the
     tolerance of an iterative solve of p, and the method ends when that is below tol (1 + |y|). Each system is solved only as
@@ -30,7 +31,7 @@ class NewtonCG(LowerSolver):
         max_iterations: Newton steps, default 100.
         forcing: relative residual of a direction while far, default 1e-2.
 
-    Cost: per iteration one gradient and one solve, more gradients when the line search halves.
+    Cost: per iteration one gradient and one solve, more gradients when the line search halves; a gradient a chord step.
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.1; Dembo, Eisenstat, Steihaug 1982;
         Eisenstat and Walker 1996 (forcing terms).
@@ -48,13 +49,12 @@ class NewtonCG(LowerSolver):
         objective.counts.add(lower_solves=1)
         tol = tol if tol is not None else self.tol if self.tol is not None else tolerance_of_step(y0.dtype)
         eps = torch.finfo(y0.dtype).eps
-        y, at = y0, objective.linearise(x, y0, "y")
-        norm = torch.linalg.vector_norm(at.gy)
-        error: Tensor | None = None
+        start = chord_steps(objective, x, y0, systems, tol=tol, residual=residual, reduction=REDUCTION)
+        y, at, norm, error = start.y, start.at, start.norm, start.error
         floor = 1e-10 if y0.dtype == torch.float64 else 1e-5
         eta = self.forcing
         if residual > 0:
-            residual = min(residual, REDUCTION * float(norm))
+            residual = min(residual, REDUCTION * start.first)
             eta = max(eta, min(0.3, 0.5 * residual / max(float(norm), 1e-300)))
             eta = self._to_residual(float(norm), residual, systems.bend, floor, eta)
         for iteration in range(self.max_iterations + 1):

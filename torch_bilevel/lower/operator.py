@@ -69,8 +69,13 @@ class LowerHessian(LinearOperator):
     def to_dense(self) -> Tensor:
         """(dy, dy)."""
         outputs = self.systems.outputs(self.at)
-        if outputs is None:
-            return super().to_dense()
-        A = outputs.dense_yy()
+        return super().to_dense() if outputs is None else self._damped(outputs.dense_yy())
+
+    def single_to_dense(self) -> Tensor:
+        """(dy, dy) in float32, by the learner's outputs, or in its own precision where they do not give it."""
+        outputs = self.systems.outputs(self.at)
+        return super().to_dense() if outputs is None else self._damped(outputs.single.dense_yy())
+
+    def _damped(self, A: Tensor) -> Tensor:
         A.diagonal().add_(self.systems.damping)
         return A

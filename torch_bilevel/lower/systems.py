@@ -28,6 +28,7 @@ from ..outputs import (
     KroneckerPreconditioner,
     OutputHessian,
     products_to_find,
+    single_factor_pays,
     single_pays,
 )
 from ..problem import BilevelProblem
@@ -47,8 +48,9 @@ class LowerSystems:
     'auto' is CG with what ``KeptFactor`` keeps as its preconditioner: for dy <= 2000 a Cholesky factor, which also
     solves exactly at the point where it was made; above that the Kronecker preconditioner that the learner's outputs
     give, else a Nystrom sketch, and, for dy <= 12,000, a Cholesky factor, each made, or made anew, once the iterations it
-    could have saved have cost as much. Until then the Ritz vectors of a solve serve the next ones, where the outputs give
-    nothing. CG is reorthogonalised in float32, and in float64 where it is to leave Ritz vectors, for up to a million
+    could have saved have cost as much. On a CPU a large factor of a float64 Hessian is made in float32, from the learner's
+    outputs, unless it is for the many solves of a hyper-Hessian. Until there is one of these the Ritz vectors of a solve serve
+    the next ones, where the outputs give nothing. CG is reorthogonalised in float32, and in float64 where it is to leave Ritz vectors, for up to a million
     numbers (up to 1 GB of residuals).
 
     Args:
@@ -138,9 +140,14 @@ class LowerSystems:
         calls = self.calls(objective, x, y)
         return products_to_find(calls) if calls else y.numel()
 
-    def ladder(self, at: Linearisation) -> Ladder:
-        """What may be kept, and at what price."""
-        return Ladder.of(at.y.numel(), at.y.dtype, self._tested_calls(at))
+    def ladder(self, at: Linearisation, *, attach: bool = False) -> Ladder:
+        """What may be kept, and at what price; ``attach``: with a factor that solves at this very point."""
+        calls = self._tested_calls(at)
+        return Ladder.of(at.y.numel(), at.y.dtype, calls, not attach and self._factors_in_float32(calls))
+
+    def _factors_in_float32(self, calls: list[LinearCall]) -> bool:
+        """Whether a factor that only preconditions float64 systems of these calls is made in float32."""
+        return self._single and bool(calls) and single_factor_pays(calls)
 
     def solve_price(self, at: Linearisation) -> float:
         """What a solve to five decades costs by now, in products with one vector."""
@@ -204,8 +211,9 @@ class LowerSystems:
     def _removes_a_cause(self, at: Linearisation, status: SolveStatus, rough: bool) -> bool:
         """After a solve has failed: whether something of ours may be why, which is then out of the way.
 
-        What was kept from another point is made anew at this one, float32 is used no more, what is kept is given up, in that
-        order, one a call. Negative curvature is the matrix's own, but in float32, and a Cholesky factor says more of it.
+        What was kept from another point is made anew at this one, float32 is used no more (a factor in it is made anew in
+        float64), what is kept is given up, in that order, one a call. Negative curvature is the matrix's own, but in float32,
+        and a Cholesky factor says more of it.
         """
         kept = self.kept
         if status is SolveStatus.NEGATIVE_CURVATURE and not rough and not kept.is_cholesky():
@@ -215,9 +223,11 @@ class LowerSystems:
             kept.give_up()
             self._make(at, level or None)
             return True
-        suspect = rough or kept.factor is not None
-        self._single = self._single and not rough
+        rough_factor = kept.is_cholesky() and kept.factor.dtype is not at.y.dtype
+        suspect, level = rough or kept.factor is not None, kept.level
+        self._single = self._single and not (rough or rough_factor)
         kept.give_up()
+        self._make(at, level if rough_factor else None)
         return suspect
 
     def _rough(self, at: Linearisation, tol: float, ladder: Ladder) -> LinearOperator | None:
@@ -302,15 +312,17 @@ class LowerSystems:
         if self.solver == "cholesky":
             self.factor_at(at)
         elif self.solver == "auto" and at.factor is None:
-            self._make(at, self.kept.due_for_model(self.ladder(at), self._tolerance(at.y.dtype, tol)))
+            due = self.kept.due_for_model(self.ladder(at, attach=True), self._tolerance(at.y.dtype, tol))
+            self._make(at, due, attach=True)
 
-    def _make(self, at: Linearisation, level: int | None) -> CholeskyFactor | None:
-        """What is due at this point; the factor if it is exact here."""
+    def _make(self, at: Linearisation, level: int | None, *, attach: bool = False) -> CholeskyFactor | None:
+        """What is due at this point; the factor if it is exact here, which ``attach`` asks for where one may be."""
         if level is None:
             return None
-        if level >= at.y.numel():
+        single = not (attach and is_exact(at.y.numel())) and self._factors_in_float32(self._tested_calls(at))
+        if level >= at.y.numel() and not single:
             return self.factor_at(at)
-        self.kept.make(level, self.operator(at), at)
+        self.kept.make(level, self.operator(at), at, single=single)
         return None
 
     def factor_at(
@@ -341,7 +353,7 @@ class LowerSystems:
                 "single": self._single, "bend": self.bend}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], problem: BilevelProblem) -> None:
-        self._single, self._by_outputs, self.bend = state["single"], dict(state["by_outputs"]), state.get("bend")
+        self._single, self._by_outputs, self.bend = state["single"], dict(state["by_outputs"]), state["bend"]
         self.kept.load_state_dict(state["kept"], problem, self.operator)
         self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
 

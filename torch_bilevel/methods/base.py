@@ -16,7 +16,7 @@ from ..problem import BilevelProblem
 from ..results import StepReport
 
 #: of what a run's state holds, anything below it included (oracles, what systems keep): one more with every change of that
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class Method(ABC):

@@ -25,6 +25,7 @@ from .prices import (
     price,
     products_pay,
     products_to_find,
+    single_factor_pays,
     single_pays,
     times_multiplications,
 )
@@ -32,6 +33,5 @@ from .prices import (
 __all__ = [
     "KroneckerPreconditioner", "OutputHessian", "corner_ranks", "dense_multiplications", "eigenvectors",
     "factor_application", "finding_price", "in_products", "kronecker_application", "kronecker_price", "one_product", "price",
-    "products_pay", "products_to_find", "single_pays",
-    "times_multiplications",
+    "products_pay", "products_to_find", "single_factor_pays", "single_pays", "times_multiplications",
 ]  # fmt: skip

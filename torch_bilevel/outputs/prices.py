@@ -26,6 +26,8 @@ CACHED, CACHED_ROWS = 1.5, 2000
 FEW_OUTPUTS = 16
 #: multiplications of a product from which float32 in its place pays for finding B, on a CPU
 WORTH_SINGLE = 20_000_000
+#: multiplications of h_yy from which a factor that only preconditions is made in float32, on a CPU, and their time over float64's
+WORTH_SINGLE_FACTOR, SINGLE = 50_000_000, 0.4
 #: rows of the corner of a ``KroneckerPreconditioner``: made soon, and for many solves
 CORNERS = (400, 1600)
 #: bands of rows of a symmetric block X' D X, from so many columns of X on
@@ -103,9 +105,16 @@ def times_multiplications(calls: list[LinearCall], dy: int, columns: int) -> tup
     return min(by_matrix, by_products), by_matrix < by_products
 
 
-def price(calls: list[LinearCall], more: float = 0.0) -> float:
-    """The time of h_yy by these calls and of ``more`` multiplications in large matrix products, in products with a vector."""
-    return finding_price(calls) + in_products(calls, dense_multiplications(calls) + more)
+def price(calls: list[LinearCall], more: float = 0.0, single: bool = False) -> float:
+    """The time of h_yy by these calls and of ``more`` multiplications in large matrix products, in products with a vector;
+    ``single``: in float32, where products are in float64."""
+    return finding_price(calls) + (SINGLE if single else 1.0) * in_products(calls, dense_multiplications(calls) + more)
+
+
+def single_factor_pays(calls: list[LinearCall]) -> bool:
+    """Whether a factor in float32, where products are in float64, is so much cheaper that it may need a step more."""
+    X = calls[0].X
+    return X.dtype is torch.float64 and X.device.type == "cpu" and dense_multiplications(calls) >= WORTH_SINGLE_FACTOR
 
 
 def eigenvectors(calls: list[LinearCall], n: int) -> float:
