@@ -50,8 +50,8 @@ class LowerSystems:
     give, else a Nystrom sketch, and, for dy <= 12,000, a Cholesky factor, each made, or made anew, once the iterations it
     could have saved have cost as much. On a CPU a large factor of a float64 Hessian is made in float32, from the learner's
     outputs, unless it is for the many solves of a hyper-Hessian. Until there is one of these the Ritz vectors of a solve serve
-    the next ones, where the outputs give nothing. CG is reorthogonalised in float32, and in float64 where it is to leave Ritz vectors, for up to a million
-    numbers (up to 1 GB of residuals).
+    the next ones, where the outputs give nothing. CG is reorthogonalised in float32, and in float64 where it is to leave Ritz
+    vectors, for up to a million numbers (up to 1 GB of residuals).
 
     Args:
         solver: 'auto', 'cg', 'minres', 'cholesky' (a factor at every point) or 'chebyshev' (the published expansion
