@@ -143,3 +143,27 @@ def test_a_checkpoint_knows_what_steps_leave(problem, near):
     assert other.kept.contraction == systems.kept.contraction
     one, two = (NewtonCG().solve(objective(problem), x + 0.01, y, systems=s) for s in (systems, other))
     assert torch.equal(one.y, two.y)
+
+
+def test_what_a_factor_far_too_large_does_not_move_is_left_to_newton_steps(problem, near):
+    """The only direction along which x has moved is 1e12 times too stiff: F^{-1} h_y is tiny, and y far from solved."""
+    systems, y, x = near
+    x = torch.where(torch.arange(N) == 0, x, problem.x)
+    L = systems.factor.L.clone()
+    L[0, 0] *= 1e6
+    systems.kept.factor = CholeskyFactor.from_lower(L)
+    result = NewtonCG().solve(objective(problem), x, y, systems=systems)
+    assert result.status is LowerStatus.CONVERGED
+    assert result.iterations > 0
+    assert torch.linalg.vector_norm(result.y - solution(x)) <= 1e-9
+
+
+def test_a_start_that_is_solved_says_nothing_of_the_factor(problem, near):
+    systems, y, x = near
+    solved = NewtonCG().solve(objective(problem), x, y, systems=systems).y
+    contraction = systems.kept.contraction
+    for _ in range(3):
+        again = NewtonCG().solve(objective(problem), x, solved, systems=systems)
+        assert again.status is LowerStatus.CONVERGED
+        assert torch.linalg.vector_norm(again.y - solved) <= 1e-10
+    assert systems.kept.contraction == contraction

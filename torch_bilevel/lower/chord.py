@@ -22,7 +22,7 @@ class Start:
     Attributes:
         y, at: the point, and h recorded there.
         first, norm: |h_y| where they began, and here.
-        error: estimate of |y - y*|, or None where none were made.
+        error: estimate of |y - y*|, or None where none were made or the last was slow.
     """
 
     y: Tensor
@@ -39,7 +39,8 @@ def chord_steps(
     and <= reduction of what it was, or steps become slow; none where the first of the last such start was.
 
     F is positive definite and near h_yy, so that |F^{-1} h_y| is the error but for a small factor. A step that does not lower
-    |h_y| is taken back.
+    |h_y| is taken back. Newton steps go on where the last one was slow: in directions in which F is far too large nothing moves,
+    and |F^{-1} h_y| is small.
 
     Cost: a gradient and a solve with F each.
 
@@ -56,18 +57,17 @@ def chord_steps(
     for steps in range(1, MOST + 1):
         at = objective.linearise(x, start.y + p, "y")
         norm = torch.linalg.vector_norm(at.gy)
-        left = float(norm / start.norm)
-        if steps == 1:
-            kept.contraction = left if left < 1 else 1.0  # nor where it is NaN
+        left, allowed = float(norm / start.norm), tol * (1.0 + float(torch.linalg.vector_norm(start.y)))
+        if steps == 1 and float(size) > allowed:  # else what it leaves is rounding
+            kept.contraction = left if left < 1 else 1.0
         if not left < 1:
             break
         start.y, start.at, start.norm = start.y + p, at, norm
         p = -kept.factor.solve(at.gy)
         new_size = torch.linalg.vector_norm(p)
         ratio, size = max(left, float(new_size / size)), new_size
-        start.error = size / (1 - min(ratio, 0.5))
-        allowed = tol * (1.0 + float(torch.linalg.vector_norm(start.y)))
-        if float(norm) <= target or float(start.error) <= allowed or ratio > SLOW:
+        start.error = size / (1 - ratio) if ratio <= SLOW else None  # what is slow at the end may have hardly begun
+        if float(norm) <= target or start.error is None or float(start.error) <= allowed:
             break
     kept.spent += max(0, steps - 2) * systems.ladder(start.at).step(y.numel())
     return start
