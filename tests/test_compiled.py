@@ -135,6 +135,25 @@ def test_a_product_nobody_expected_is_traced_when_it_is_asked_for(uncompiled):
     close(other.yy(w), yy @ w)  # as it was begun, before
 
 
+def test_a_new_trace_compiles_no_product_a_second_time(uncompiled, monkeypatch):
+    """The same operations on tensors of the same kind are one program, whatever a trace calls them; others are others."""
+    made = []
+    monkeypatch.setattr(trace, "compiled", lambda module, arguments: made.append(module) or module)
+    p = problem(hidden, N, 4 * (D_IN + K))
+    xx, xy, _, yy = blocks(hidden, p.x, p.y)
+    h, u, w = objective(p, lower=1.0), randn(5, p.dx), randn(6, p.dy)
+    close(h.linearise(p.x, p.y).yy(w), yy @ w)
+    assert len(made) == 2  # the point, the product
+    close(h.linearise(p.x, p.y).x_part(u, w), xx @ u + xy @ w)  # nobody expected it
+    before = len(made)
+    later = h.linearise(p.x + 1, p.y)
+    xx, xy, _, yy = blocks(hidden, p.x + 1, p.y)
+    for _ in range(2):
+        close(later.yy(w), yy @ w)
+        close(later.x_part(u, w), xx @ u + xy @ w)
+    assert len(made) == before
+
+
 @pytest.mark.parametrize("name", ["linear_layer", "hidden"])
 def test_compiled_programs_give_the_same(name, small, compiler):
     g, dx, dy, _ = ALL[name]

@@ -23,7 +23,7 @@ class Program:
     """
 
     def __init__(self, record: Callable[..., Recorded], inputs: list[Tensor], kinds: list[tuple[str, str]], what: str):
-        self._record, self._inputs, self._what = record, inputs, what
+        self._record, self._inputs, self._what, self._known = record, inputs, what, {}
         examples = dict(zip("xy", inputs))
         self._make({(tuple(given), tuple(wanted), None): [examples[name] for name in given] for given, wanted in kinds})
         self.gradient = self._last.gradient  # which a new trace would not change
@@ -35,7 +35,7 @@ class Program:
         return self._last
 
     def _make(self, examples: dict[Kind, list[Tensor]]) -> None:
-        self._last, self._examples = Trace(self._record, self._inputs, examples, self._what), examples
+        self._last, self._examples = Trace(self._record, self._inputs, examples, self._what, self._known), examples
 
 
 class Compiled(Recorded):

@@ -31,7 +31,8 @@ class Trace:
 
     Args:
         record: (x, y, *data) -> what a point of h is recorded as. inputs: x, y, data: an example; shapes must stay.
-        kinds: of products, with an example of their directions. what: how messages name h.
+        kinds: of products, with an example of their directions. what: how messages name h. known: what other traces of h have
+            compiled, by ``_signature``; it is used again and added to.
 
     Tensors that the loss takes from elsewhere are read anew at every run; what is not a tensor is as it was here.
 
@@ -40,10 +41,13 @@ class Trace:
             compiled on this machine.
     """
 
-    def __init__(self, record: Callable[..., Recorded], inputs: list[Tensor], kinds: dict[Kind, list[Tensor]], what: str):
+    def __init__(
+        self, record: Callable[..., Recorded], inputs: list[Tensor], kinds: dict[Kind, list[Tensor]], what: str,
+        known: dict[tuple, Callable],
+    ):  # fmt: skip
         from torch.fx.experimental.proxy_tensor import make_fx  # a second, for those who want it
 
-        self.kinds, self.what = tuple(kinds), what
+        self.kinds, self.what, self._known = tuple(kinds), what, known
         labels: list[object] = []
         given = [v.detach() for directions in kinds.values() for v in directions]  # each a tensor of its own
 
@@ -95,8 +99,12 @@ class Trace:
     def _run(self, key: object, inputs: list[fx.Node], outputs: list[fx.Node], arguments: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             if key not in self._compiled:
-                with self._explained("compiled"):
-                    self._compiled[key] = compiled(self._module(inputs, outputs), arguments)
+                module = self._module(inputs, outputs)
+                signature = _signature(module.graph, arguments)
+                if signature not in self._known:
+                    with self._explained("compiled"):
+                        self._known[signature] = compiled(module, arguments)
+                self._compiled[key] = self._known[signature]
             return list(self._compiled[key](*arguments))
 
     def _independent(self, directions: list[fx.Node]) -> set[fx.Node]:
@@ -168,6 +176,16 @@ def compiled(module: fx.GraphModule, arguments: list[Tensor]) -> Callable[..., I
     import torch._inductor
 
     return torch._inductor.compile(module, arguments)
+
+
+def _signature(graph: fx.Graph, arguments: list[Tensor]) -> tuple:
+    """Equal for graphs of the same operations on arguments of the same kind, whatever their nodes are called."""
+    places = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    operations = []
+    for node in graph.nodes:
+        arguments_of = fx.node.map_arg((node.args, node.kwargs), places.get)
+        operations.append((node.op, "" if node.op == "placeholder" else str(node.target), repr(arguments_of)))
+    return tuple(operations), tuple((t.shape, t.stride(), t.dtype, t.device) for t in arguments)
 
 
 def _is_view(node: fx.Node) -> bool:
