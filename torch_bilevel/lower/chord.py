@@ -52,7 +52,8 @@ def chord_steps(
     able = systems.solver == "auto" and kept.is_cholesky() and (kept.contraction is None or kept.contraction <= SLOW)
     if not (able and 0 < start.first < math.inf):
         return start
-    p, steps = -kept.factor.solve(at.gy), 0
+    inverse = kept.factor.preconditioner()
+    p, steps = -inverse(at.gy), 0
     size, target = torch.linalg.vector_norm(p), min(residual, reduction * start.first)
     for steps in range(1, MOST + 1):
         at = objective.linearise(x, start.y + p, "y")
@@ -63,7 +64,7 @@ def chord_steps(
         if not left < 1:
             break
         start.y, start.at, start.norm = start.y + p, at, norm
-        p = -kept.factor.solve(at.gy)
+        p = -inverse(at.gy)
         new_size = torch.linalg.vector_norm(p)
         ratio, size = max(left, float(new_size / size)), new_size
         start.error = size / (1 - ratio) if ratio <= SLOW else None  # what is slow at the end may have hardly begun
