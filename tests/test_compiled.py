@@ -427,3 +427,21 @@ def test_compiled_programs_give_the_same_on_a_gpu(small):
             found.append((at.value, at.gx, at.gy, at.xy(solution.x), solution.x))
     for mine, true in zip(found[1], found[0]):
         close(mine, true)
+
+
+def test_graphs_with_tensors_of_their_own_share_no_program():
+    """They go by names, and another trace may call another tensor so."""
+
+    def signature(held):
+        class Shift(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("held", held)
+
+            def forward(self, x):
+                return x + self.held if held is not None else x + 1.0
+
+        return trace._signature(torch.fx.symbolic_trace(Shift()).graph, [torch.ones(2)])
+
+    assert signature(None) == signature(None)
+    assert signature(torch.ones(2)) != signature(torch.zeros(2))

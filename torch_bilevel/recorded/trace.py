@@ -179,7 +179,12 @@ def compiled(module: fx.GraphModule, arguments: list[Tensor]) -> Callable[..., I
 
 
 def _signature(graph: fx.Graph, arguments: list[Tensor]) -> tuple:
-    """Equal for graphs of the same operations on arguments of the same kind, whatever their nodes are called."""
+    """Equal for graphs of the same operations on arguments of the same kind, whatever their nodes are called.
+
+    One with tensors or modules of its own is equal to none: they go by names, which mean others in another trace.
+    """
+    if any(node.op in ("get_attr", "call_module") for node in graph.nodes):
+        return (object(),)
     places = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     operations = []
     for node in graph.nodes:
