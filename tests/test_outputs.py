@@ -12,7 +12,7 @@ from tests.objectives import objective, randn
 from tests.reference import Reference, blocks, cleaning
 from torch_bilevel.counting import OracleCounts
 from torch_bilevel.derivatives import Objective
-from torch_bilevel.linalg import LinearOperator, cg, own_stream
+from torch_bilevel.linalg import LinearOperator, SolveStatus, cg, own_stream
 from torch_bilevel.lower import LowerSystems, kept
 from torch_bilevel.methods import model
 from torch_bilevel.outputs import KroneckerPreconditioner, OutputHessian, kronecker, prices
@@ -767,3 +767,20 @@ def test_where_a_float32_factor_fails_there_is_one_in_float64(factored, monkeypa
     assert systems._single == trusted
     assert systems.factor.dtype is D
     assert (at.factor is systems.factor) == (not trusted)
+
+
+def test_a_hessian_that_is_not_positive_definite_is_refused_by_its_eigenvalue(factored, monkeypatch):
+    """As without float32: by one factorisation in float64, with what it found, once a point."""
+    p, made = cleaning_problem()[1], []
+
+    def indefinite(self):
+        made.append(self.diagonal.dtype)
+        return torch.diag(torch.linspace(-2.0, 1.0, p.dy, dtype=self.diagonal.dtype))
+
+    monkeypatch.setattr(OutputHessian, "dense_yy", indefinite)
+    systems, at = LowerSystems(), recorded(p, lower=1.0)
+    for _ in range(2):
+        found = systems.solve(at, randn(5, p.dy), tol=1e-10)
+        assert found.status is SolveStatus.NOT_POSITIVE_DEFINITE
+        assert float(found.curvature) == pytest.approx(-2.0)
+    assert made == [torch.float32, D]

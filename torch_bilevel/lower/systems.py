@@ -322,8 +322,11 @@ class LowerSystems:
         single = not (attach and is_exact(at.y.numel())) and self._factors_in_float32(self._tested_calls(at))
         if level >= at.y.numel() and not single:
             return self.factor_at(at)
-        self.kept.make(level, self.operator(at), at, single=single)
-        return None
+        made = self.kept.make(level, self.operator(at), at, single=single)
+        if made.ok or not single or level < at.y.numel() or not is_exact(level):
+            return None
+        at.factor = made  # nor is h_yy positive definite in its own precision: that is the answer
+        return made
 
     def factor_at(
         self, at: Linearisation, attach: bool | None = None, matrix: Tensor | None = None
