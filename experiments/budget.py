@@ -83,7 +83,8 @@ def follow_cpu(
     problem: tb.BilevelProblem, method: str, options: Mapping[str, Any], measure: Callable[[Tensor, Tensor], dict[str, float]],
     *, seconds: float, max_steps: int = 10**6, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """One run by `minimize` within CPU `seconds`, with `measure(x, y)` (not counted) at the start and after every step.
+    """One run by `minimize` within CPU `seconds`, with `measure(x, y)` (not counted) at the start and after every step
+    that ends before they are spent.
 
     Returns:
         {"status", "records", "counts", "peak_gb", "seconds"}; a record has step, seconds (CPU), oracle_calls, hessians,
@@ -97,9 +98,12 @@ def follow_cpu(
 
     def watch(report: tb.StepReport, x: Tensor, y: Tensor) -> bool:
         with budget.paused():
-            records.append({"step": report.step, "seconds": budget.spent, "oracle_calls": report.counts.oracle_calls,
+            spent = budget.spent
+            if spent >= seconds:  # the alarm is on its way
+                return False
+            records.append({"step": report.step, "seconds": spent, "oracle_calls": report.counts.oracle_calls,
                             "hessians": report.counts.hessians, "step_norm": report.step_norm, **measure(x, y)})  # fmt: skip
-        return budget.spent < seconds
+        return True
 
     message = ""
     try:
